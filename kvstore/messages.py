@@ -1,0 +1,560 @@
+"""What travels in the metadata of frames: requests, replies and reports.
+
+Encoding is MessagePack by the `msgpack` package with all its length limits set; decoding
+goes through `msgspec.convert`, so that a value of a wrong type never reaches the code.
+Fields are named on the wire; unknown ones are ignored, missing ones take their default, so
+that a newer peer within the version window can add some.
+
+Times travel as relative milliseconds: clocks of two hosts are never compared.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, TypeVar
+
+import msgpack
+import msgspec
+from msgspec import Meta
+
+from kvstore.errors import (
+    Draining,
+    LayoutMismatch,
+    LimitExceeded,
+    PermissionDenied,
+    RefusedError,
+    RemoteProtocolError,
+    UnknownNamespace,
+    Unsupported,
+    VersionMismatch,
+)
+from kvstore.layout import KEY_BYTES_MAX, KEY_BYTES_MIN, NAMESPACE_ID_BYTES, Layout
+from kvstore.loadreport import LoadReport
+from kvstore.wire import METADATA_BYTES_MAX, FrameType
+
+# Bounds the work of one frame on the server's loop to about 2 ms, and the size of a reply.
+KEYS_PER_REQUEST_MAX = 4096
+NAMESPACES_PER_LOOKUP_MAX = 256  # more ranks than any published deployment has
+LEASE_MS_MAX = 60_000
+DEADLINE_MS_MAX = 600_000
+
+Key = Annotated[bytes, Meta(min_length=KEY_BYTES_MIN, max_length=KEY_BYTES_MAX)]
+NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NAMESPACE_ID_BYTES)]
+Keys = Annotated[list[Key], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+
+
+class FetchOutcome(enum.IntEnum):
+    """How the fetch of one block ended."""
+
+    HIT = 0
+    """All asked-for bytes are in the buffer, and their checksums were verified."""
+    MISS = 1
+    """The block is not stored, or was evicted before it could be sent."""
+    CORRUPT = 2
+    """Bytes came, and do not match their checksums."""
+    TIMEOUT = 3
+    """The deadline came first."""
+    UNAVAILABLE = 4
+    """No peer that should have the block could be asked, or it failed on the way."""
+
+
+class PutOutcome(enum.IntEnum):
+    """How the put of one block ended."""
+
+    STORED = 0
+    """The block is stored as the acknowledgement level says."""
+    EXISTS = 1
+    """The same bytes were there already; nothing was sent."""
+    CONFLICT = 2
+    """Other bytes are stored under this key; the first stay. Not an error: recomputed KV
+    differs in bits."""
+    FULL = 3
+    """No space could be freed."""
+    TIMEOUT = 4
+    """The deadline came first."""
+    UNAVAILABLE = 5
+    """No peer that should take the block could be reached, or it failed on the way."""
+    CORRUPT = 6
+    """The bytes that arrived do not match the announced checksums; nothing was stored."""
+
+
+class Tier(enum.IntEnum):
+    """Where a block was found."""
+
+    NONE = 0
+    ARENA = 1
+    SEGMENT = 2
+    RELAY = 3
+    REMOTE = 4
+
+
+class AckLevel(enum.StrEnum):
+    """What has happened to a block when its put is acknowledged."""
+
+    MEMORY = "memory"
+    """It is in the daemon's memory."""
+    WRITTEN = "written"
+    """It was handed to the operating system: survives a crash of the process."""
+    SYNCED = "synced"
+    """It is on the device: survives a loss of power."""
+
+
+class Order(enum.StrEnum):
+    """Order in which the pieces of a fetch travel."""
+
+    BLOCK = "block"
+    LAYER = "layer"
+
+
+class Role(enum.StrEnum):
+    """What a peer is."""
+
+    CLIENT = "client"
+    AGENT = "agent"
+    DAEMON = "daemon"
+    CONTROL = "control"
+
+
+class Channel(enum.StrEnum):
+    """What a connection is for. Reports and cancels never travel behind data."""
+
+    CONTROL = "control"
+    DATA = "data"
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Base of all messages."""
+
+
+class Limits(Message, frozen=True, kw_only=True):
+    """What a server takes at most; in WELCOME, so that clients split before they send."""
+
+    keys_per_request: Count = KEYS_PER_REQUEST_MAX
+    metadata_bytes: Count = METADATA_BYTES_MAX
+    in_flight_bytes: Count = 64 * 1024 * 1024
+    deadline_ms: Count = DEADLINE_MS_MAX
+    lease_ms: Count = LEASE_MS_MAX
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First frame of a client. `session` is 16 random bytes, equal on all its connections."""
+
+    version_min: int
+    version_max: int
+    node_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    role: Role
+    session: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    channel: Channel
+    capabilities: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    token: Annotated[str, Meta(max_length=4096)] = ""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """The server's answer to HELLO."""
+
+    version: int
+    node_id: str
+    boot_id: bytes
+    role: Role
+    capabilities: tuple[str, ...] = ()
+    limits: Limits = Limits()
+
+
+class OpenNamespace(Message, frozen=True, kw_only=True):
+    """Asks for the namespace of a pool and a layout; opens a generation where there is none."""
+
+    pool: Annotated[str, Meta(min_length=1, max_length=128)]
+    layout: Layout
+
+
+class NamespaceInfo(Message, frozen=True, kw_only=True):
+    """One namespace as its server knows it."""
+
+    namespace: NamespaceId
+    pool: str
+    generation: bytes
+    layout: Layout
+    block_count: int = 0
+    used_bytes: int = 0
+
+
+class ListNamespaces(Message, frozen=True, kw_only=True):
+    """Asks for the namespaces of one pool, or of all when `pool` is empty."""
+
+    pool: str = ""
+
+
+class Namespaces(Message, frozen=True, kw_only=True):
+    """Reply to OPEN_NAMESPACE (one entry) and NAMESPACES."""
+
+    namespaces: tuple[NamespaceInfo, ...]
+
+
+class Lookup(Message, frozen=True, kw_only=True):
+    """Which of these keys are stored in *all* of the namespaces (one for each rank)?
+
+    With `lease_ms` the blocks of the leading run of hits stay until the lease ends.
+    """
+
+    namespaces: Annotated[
+        tuple[NamespaceId, ...], Meta(min_length=1, max_length=NAMESPACES_PER_LOOKUP_MAX)
+    ]
+    keys: Keys
+    lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
+
+
+class LookupReply(Message, frozen=True, kw_only=True):
+    """`bitmap` has a bit for each key, least significant first; `lease` 0 means none."""
+
+    bitmap: bytes
+    lease: int = 0
+
+
+class Fetch(Message, frozen=True, kw_only=True):
+    """Asks for layers `[layer_first, layer_last)` of blocks; DATA frames and DONE answer.
+
+    `group_layers` cuts the layers into groups for order=layer, 0 with order=block.
+    `priority`: lower goes first among the requests of one connection.
+    """
+
+    namespace: NamespaceId
+    keys: Keys
+    layer_first: Annotated[int, Meta(ge=0, le=1024)]
+    layer_last: Annotated[int, Meta(ge=1, le=1024)]
+    group_layers: Annotated[int, Meta(ge=0, le=1024)] = 0
+    deadline_ms: DeadlineMs
+    priority: Annotated[int, Meta(ge=0, le=255)] = 0
+
+
+class Data(Message, frozen=True, kw_only=True):
+    """Metadata of a DATA frame.
+
+    Attributes:
+        checksums: Layer checksums, 8 bytes each and little-endian, of every piece of which
+            the first byte is in this frame, in order. Empty in a put (PUT announced them).
+    """
+
+    checksums: bytes = b""
+
+
+class Done(Message, frozen=True, kw_only=True):
+    """Ends a FETCH.
+
+    Attributes:
+        outcomes: One `FetchOutcome` a key, as bytes. HIT means that all of it was sent.
+        tiers: One `Tier` a key, as bytes.
+        queued_us: From the arrival of the request until its first byte was sent.
+        service_us: From then until the last.
+        report: The server's load at this moment.
+    """
+
+    outcomes: bytes
+    tiers: bytes = b""
+    queued_us: Count = 0
+    service_us: Count = 0
+    report: LoadReport | None = None
+
+
+class Put(Message, frozen=True, kw_only=True):
+    """Announces blocks; WANT frames answer with those that shall be sent.
+
+    Attributes:
+        checksums: All layer checksums of all blocks, 8 bytes each, little-endian.
+    """
+
+    namespace: NamespaceId
+    keys: Keys
+    checksums: bytes
+    ack: AckLevel = AckLevel.MEMORY
+    deadline_ms: DeadlineMs
+
+
+class Want(Message, frozen=True, kw_only=True):
+    """Blocks of a PUT that the server has reserved space for; may come several times."""
+
+    indices: Annotated[tuple[int, ...], Meta(max_length=KEYS_PER_REQUEST_MAX)]
+
+
+class PutDone(Message, frozen=True, kw_only=True):
+    """Ends a PUT. `outcomes`: one `PutOutcome` a key, as bytes."""
+
+    outcomes: bytes
+    report: LoadReport | None = None
+
+
+class Delete(Message, frozen=True, kw_only=True):
+    """Removes blocks. Blocks that are leased or being sent go when they are free."""
+
+    namespace: NamespaceId
+    keys: Keys
+
+
+class DeleteReply(Message, frozen=True, kw_only=True):
+    """`deleted`: one byte a key, 1 if it was there."""
+
+    deleted: bytes
+
+
+class Release(Message, frozen=True, kw_only=True):
+    """Gives leases back."""
+
+    leases: Annotated[tuple[int, ...], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+
+
+class ReleaseReply(Message, frozen=True, kw_only=True):
+    """`held`: for each lease, whether it had held until now."""
+
+    held: tuple[bool, ...]
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """Stops the request with this id of the same session; its DONE or PUT_DONE still comes."""
+
+    request_id: Count
+
+
+class CancelReply(Message, frozen=True, kw_only=True):
+    """Whether the request was still known."""
+
+    found: bool
+
+
+class CorruptReport(Message, frozen=True, kw_only=True):
+    """Tells a server that blocks it served failed verification; it checks its own copy."""
+
+    namespace: NamespaceId
+    keys: Keys
+
+
+class CorruptReply(Message, frozen=True, kw_only=True):
+    """`dropped`: one byte a key, 1 if the server's copy was bad and is gone."""
+
+    dropped: bytes
+
+
+class Subscribe(Message, frozen=True, kw_only=True):
+    """Asks for LOAD_REPORT frames with this request's id on this connection, until it closes."""
+
+    interval_ms: Annotated[int, Meta(ge=20, le=60_000)] = 200
+
+
+class Empty(Message, frozen=True, kw_only=True):
+    """Request or reply without content (PING, SUBSCRIBE reply, STATUS request)."""
+
+
+class Status(Message, frozen=True, kw_only=True):
+    """Reply to STATUS: what an operator sees of a node.
+
+    Attributes:
+        uptime_s: Seconds since the process started to serve.
+        counters: Everything that has been counted since then, by name.
+    """
+
+    node_id: str
+    version: str
+    role: Role
+    uptime_s: float
+    report: LoadReport
+    counters: dict[str, int] = {}
+
+
+class PoolAction(enum.StrEnum):
+    """What `Pool` does."""
+
+    LIST = "list"
+    PIN = "pin"
+    UNPIN = "unpin"
+    RETIRE = "retire"
+    SET_CAPACITY = "set-capacity"
+
+
+class Pool(Message, frozen=True, kw_only=True):
+    """Administers pools. `generation` is for PIN and RETIRE, `capacity_bytes` for the quota."""
+
+    action: PoolAction
+    pool: str = ""
+    generation: bytes = b""
+    capacity_bytes: Count = 0
+
+
+class GenerationInfo(Message, frozen=True, kw_only=True):
+    """One generation of a pool: one layout, ranks aside."""
+
+    generation: bytes
+    layout: Layout
+    block_count: int = 0
+    used_bytes: int = 0
+
+
+class PoolInfo(Message, frozen=True, kw_only=True):
+    """One pool. `capacity_bytes` 0 means no quota; `pinned` empty means none."""
+
+    pool: str
+    generations: tuple[GenerationInfo, ...]
+    capacity_bytes: int = 0
+    used_bytes: int = 0
+    pinned: bytes = b""
+
+
+class Pools(Message, frozen=True, kw_only=True):
+    """Reply to POOL: the pools that it concerned, as they are now."""
+
+    pools: tuple[PoolInfo, ...]
+
+
+class Goaway(Message, frozen=True, kw_only=True):
+    """The server takes no new requests; those under way finish."""
+
+    reason: str = ""
+
+
+class ErrorCode(enum.StrEnum):
+    """Why a request was refused; each maps to one class of `kvstore.errors`."""
+
+    PROTOCOL = "protocol"
+    VERSION = "version"
+    LAYOUT = "layout"
+    NAMESPACE = "namespace"
+    LIMIT = "limit"
+    UNSUPPORTED = "unsupported"
+    PERMISSION = "permission"
+    DRAINING = "draining"
+    REFUSED = "refused"
+
+
+class Error(Message, frozen=True, kw_only=True):
+    """Refuses a request, or with request id 0 the connection. `field` names what is wrong."""
+
+    code: ErrorCode
+    message: str
+    field: str = ""
+
+
+_ERROR_CLASSES: dict[ErrorCode, type[RefusedError]] = {
+    ErrorCode.VERSION: VersionMismatch,
+    ErrorCode.NAMESPACE: UnknownNamespace,
+    ErrorCode.LIMIT: LimitExceeded,
+    ErrorCode.UNSUPPORTED: Unsupported,
+    ErrorCode.PERMISSION: PermissionDenied,
+    ErrorCode.DRAINING: Draining,
+}
+_ERROR_CODES = {cls: code for code, cls in _ERROR_CLASSES.items()}
+
+
+def error_to_exception(error: Error) -> RefusedError:
+    """The exception that stands for an ERROR frame on the side that receives it."""
+    if error.code is ErrorCode.LAYOUT:
+        return LayoutMismatch(error.message, error.field)
+    return _ERROR_CLASSES.get(error.code, RefusedError)(error.message)
+
+
+def exception_to_error(exception: Exception) -> Error:
+    """The ERROR frame that stands for an exception on the side that refuses."""
+    if isinstance(exception, LayoutMismatch):
+        return Error(code=ErrorCode.LAYOUT, message=str(exception), field=exception.field)
+    for cls, code in _ERROR_CODES.items():
+        if isinstance(exception, cls):
+            return Error(code=code, message=str(exception))
+    code = ErrorCode.REFUSED if isinstance(exception, RefusedError) else ErrorCode.PROTOCOL
+    return Error(code=code, message=str(exception))
+
+
+#: What the metadata of each request holds. Types that are missing are answered with
+#: ERROR "unsupported".
+REQUESTS: dict[FrameType, type[Message]] = {
+    FrameType.HELLO: Hello,
+    FrameType.OPEN_NAMESPACE: OpenNamespace,
+    FrameType.NAMESPACES: ListNamespaces,
+    FrameType.LOOKUP: Lookup,
+    FrameType.FETCH: Fetch,
+    FrameType.DATA: Data,
+    FrameType.PUT: Put,
+    FrameType.DELETE: Delete,
+    FrameType.RELEASE: Release,
+    FrameType.CANCEL: Cancel,
+    FrameType.CORRUPT_REPORT: CorruptReport,
+    FrameType.SUBSCRIBE: Subscribe,
+    FrameType.STATUS: Empty,
+    FrameType.PING: Empty,
+    FrameType.POOL: Pool,
+}
+
+#: What the metadata of each frame from a server holds.
+REPLIES: dict[FrameType, type[Message]] = {
+    FrameType.WELCOME: Welcome,
+    FrameType.OPEN_NAMESPACE: Namespaces,
+    FrameType.NAMESPACES: Namespaces,
+    FrameType.LOOKUP: LookupReply,
+    FrameType.DATA: Data,
+    FrameType.DONE: Done,
+    FrameType.WANT: Want,
+    FrameType.PUT_DONE: PutDone,
+    FrameType.DELETE: DeleteReply,
+    FrameType.RELEASE: ReleaseReply,
+    FrameType.CANCEL: CancelReply,
+    FrameType.CORRUPT_REPORT: CorruptReply,
+    FrameType.SUBSCRIBE: Empty,
+    FrameType.LOAD_REPORT: LoadReport,  # type: ignore[dict-item]
+    FrameType.STATUS: Status,
+    FrameType.PING: Empty,
+    FrameType.POOL: Pools,
+    FrameType.GOAWAY: Goaway,
+    FrameType.ERROR: Error,
+}
+
+MessageT = TypeVar("MessageT", bound=msgspec.Struct)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """MessagePack of a message, for the metadata of a frame."""
+    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    return packed
+
+
+def decode(metadata: bytes | bytearray | memoryview, type: type[MessageT]) -> MessageT:
+    """Decode and validate metadata.
+
+    Raises:
+        RemoteProtocolError: Not MessagePack, or not a `type`; says where.
+    """
+    return validate(unpack(metadata), type)
+
+
+def unpack(metadata: bytes | bytearray | memoryview) -> Any:
+    """MessagePack to Python values, with every length bounded by the frame's own.
+
+    Raises:
+        RemoteProtocolError: Not MessagePack.
+    """
+    length = len(metadata)
+    if not length:
+        return {}
+    try:
+        return msgpack.unpackb(
+            metadata,
+            raw=False,
+            strict_map_key=True,
+            max_bin_len=length,
+            max_str_len=length,
+            max_array_len=length,
+            max_map_len=length,
+            max_ext_len=0,
+        )
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise RemoteProtocolError(
+            f"metadata of {length} bytes is not MessagePack: {error or type(error).__name__}"
+        ) from error
+
+
+def validate(values: Any, type: type[MessageT]) -> MessageT:
+    """Check unpacked values against a message type.
+
+    Raises:
+        RemoteProtocolError: Says which field is wrong and what was expected.
+    """
+    try:
+        return msgspec.convert(values, type)
+    except (msgspec.ValidationError, OverflowError) as error:
+        raise RemoteProtocolError(f"{type.__name__}: {error}") from error
