@@ -33,6 +33,8 @@ class Chunk(NamedTuple):
         checksums: Layer checksums of every piece of which the first byte is in this chunk.
         release: Called once, when the transport has let go of the buffers (all sent, or the
             connection is gone).
+        failed: Indices of keys that were found missing since the last chunk, as early news.
+            A chunk may consist of nothing else (`length` 0).
     """
 
     piece: int
@@ -41,6 +43,7 @@ class Chunk(NamedTuple):
     length: int
     checksums: bytes
     release: Callable[[], None]
+    failed: tuple[int, ...] = ()
 
 
 class FetchStream(abc.ABC):

@@ -234,9 +234,12 @@ class Data(Message, frozen=True, kw_only=True):
     Attributes:
         checksums: Layer checksums, 8 bytes each and little-endian, of every piece of which
             the first byte is in this frame, in order. Empty in a put (PUT announced them).
+        failed: Indices of keys of which nothing (more) will come; DONE says why. Early news
+            for a reader that waits for one layer of all blocks.
     """
 
     checksums: bytes = b""
+    failed: Annotated[tuple[int, ...], Meta(max_length=KEYS_PER_REQUEST_MAX)] = ()
 
 
 class Done(Message, frozen=True, kw_only=True):

@@ -1,0 +1,390 @@
+"""The two ends of a payload: blocks that arrive (`FetchTransfer`) and blocks that leave
+(`PutTransfer`). Sans I/O, as the reader and the writer of a frame stream see them.
+
+Both belong to one request on one connection. A request that is tried again gets a new
+request id and a new transfer; what still arrives for the old one goes to scratch memory, so
+that a byte of an older attempt never counts.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+
+from kvstore.blocksource import Chunk
+from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
+from kvstore.errors import LocalProtocolError, RemoteProtocolError
+from kvstore.layout import Geometry, PieceMap
+from kvstore.messages import Done, FetchOutcome, PutOutcome, Want
+from kvstore.wire import PAYLOAD_BYTES_MAX, Header
+
+#: Value of an outcome that is not known yet.
+PENDING = 255
+_FETCH_OUTCOMES = frozenset(map(int, FetchOutcome))
+_PUT_OUTCOMES = frozenset(map(int, PutOutcome))
+
+# The memory of one block: one contiguous buffer of the asked-for layers, or one buffer for
+# each of those layers (engines scatter them).
+BlockMemory = memoryview | Sequence[memoryview]
+
+
+def as_memory(buffer: object, what: str, size_bytes: int, writable: bool) -> memoryview:
+    """A flat byte view of a buffer of exactly `size_bytes`.
+
+    Raises:
+        LocalProtocolError: Not a contiguous buffer, read-only, or of another size.
+    """
+    try:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise LocalProtocolError(
+            f"{what}: {type(buffer).__name__} has no buffer interface; a torch tensor on the"
+            " CPU has one as tensor.view(torch.uint8).numpy()"
+        ) from error
+    if not view.c_contiguous:
+        raise LocalProtocolError(f"{what}: the buffer is not contiguous")
+    if writable and view.readonly:
+        raise LocalProtocolError(f"{what}: the buffer is read-only")
+    if view.nbytes != size_bytes:
+        raise LocalProtocolError(f"{what}: {view.nbytes} bytes, expected {size_bytes}")
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+
+
+def slice_memory(
+    memory: BlockMemory, geometry: Geometry, layer_first: int, start: int, length: int
+) -> list[memoryview]:
+    """Views of `length` bytes from byte `start` of a block, in memory that begins at a layer.
+
+    Args:
+        memory: Memory of the layers from `layer_first` on.
+        start: Byte offset within the whole block.
+    """
+    if isinstance(memory, memoryview):
+        first = start - geometry.offsets[layer_first]
+        return [memory[first : first + length]]
+    views = []
+    layer = _layer_at(geometry, start)
+    while length:
+        first = start - geometry.offsets[layer]
+        take = min(length, geometry.layer_bytes[layer] - first)
+        views.append(memory[layer - layer_first][first : first + take])
+        start += take
+        length -= take
+        layer += 1
+    return views
+
+
+def _layer_at(geometry: Geometry, offset: int) -> int:
+    return bisect_right(geometry.offsets, offset) - 1
+
+
+class FetchTransfer:
+    """Blocks arriving in answer to one FETCH.
+
+    Args:
+        namespace: Seeds the checksums together with the key.
+        keys: Keys of the request, as sent.
+        pieces: How the request cuts its blocks.
+        memory: Destination of each key, writable; nothing else ever is written. Borrowed
+            until `abandon` was called or every outcome is known.
+        on_piece: Called with (key index, group) when a piece has arrived and was verified.
+        on_failed: Called with (key index, outcome) when a block turns out not to come, or
+            to be corrupt.
+    """
+
+    def __init__(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        memory: Sequence[BlockMemory],
+        on_piece: Callable[[int, int], None],
+        on_failed: Callable[[int, int], None],
+    ) -> None:
+        self.keys = keys
+        self.pieces = pieces
+        self.outcomes = bytearray([PENDING]) * len(keys)
+        self.received_bytes = 0
+        self.corrupt: list[int] = []
+        self._namespace = namespace
+        self._memory = memory
+        self._on_piece = on_piece
+        self._on_failed = on_failed
+        self._filled = [0] * pieces.piece_count
+        self._groups_left = [pieces.group_count] * len(keys)
+        self._expected: dict[int, bytes] = {}
+        self._seeds: dict[int, int] = {}
+        self._abandoned = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether the memory was given up: what still comes goes to scratch."""
+        return self._abandoned
+
+    def abandon(self) -> None:
+        """Give the memory up. The connection must also divert a payload under way."""
+        self._abandoned = True
+
+    def route(self, header: Header, scratch: Callable[[int], list[memoryview]]) -> list[memoryview]:
+        """Destination for the payload of a DATA frame.
+
+        Raises:
+            RemoteProtocolError: The frame lies outside of the request, repeats bytes, or
+                leaves a gap.
+        """
+        pieces, filled, geometry = self.pieces, self._filled, self.pieces.geometry
+        piece, offset, left = header.piece, header.piece_offset, header.payload_length
+        views: list[memoryview] = []
+        key_count = pieces.key_count
+        while left:
+            if piece >= pieces.piece_count:
+                raise RemoteProtocolError(
+                    f"DATA for piece {piece}, the request has {pieces.piece_count}"
+                )
+            group, index = divmod(piece, key_count)
+            _, _, start, size = pieces.group_ranges[group]
+            if offset != filled[piece] or offset >= size:
+                raise RemoteProtocolError(
+                    f"DATA for byte {offset} of piece {piece}, expected byte {filled[piece]}"
+                    f" of {size}"
+                )
+            take = min(left, size - offset)
+            filled[piece] += take
+            if self._abandoned or self.outcomes[index] != PENDING:
+                views += scratch(take)
+            else:
+                views += slice_memory(
+                    self._memory[index], geometry, pieces.layer_first, start + offset, take
+                )
+            left -= take
+            piece += 1
+            offset = 0
+        return views
+
+    def data(self, header: Header, checksums: bytes, failed: Sequence[int]) -> None:
+        """A DATA frame is complete: verify the pieces that end in it.
+
+        Raises:
+            RemoteProtocolError: The checksums are not those of the pieces that begin here.
+        """
+        pieces = self.pieces
+        piece, offset, left = header.piece, header.piece_offset, header.payload_length
+        self.received_bytes += left
+        at = 0
+        while left:
+            group, index = divmod(piece, pieces.key_count)
+            first, last, _, size = pieces.group_ranges[group]
+            if offset == 0:
+                length = (last - first) * CHECKSUM_BYTES
+                self._expected[piece] = checksums[at : at + length]
+                at += length
+            take = min(left, size - offset)
+            if offset + take == size:
+                self._complete(piece, group, index)
+            left -= take
+            piece += 1
+            offset = 0
+        if at != len(checksums):
+            raise RemoteProtocolError(
+                f"DATA with {len(checksums)} bytes of checksums, expected {at}"
+            )
+        for index in failed:
+            if not 0 <= index < pieces.key_count:
+                raise RemoteProtocolError(
+                    f"DATA names key {index} as failed, the request has {pieces.key_count}"
+                )
+            self._fail(index, FetchOutcome.MISS)
+
+    def done(self, done: Done) -> None:
+        """The server has said all.
+
+        Raises:
+            RemoteProtocolError: Outcomes that cannot be, or a HIT of which bytes are missing.
+        """
+        if len(done.outcomes) != len(self.keys) or not _FETCH_OUTCOMES.issuperset(done.outcomes):
+            raise RemoteProtocolError(
+                f"DONE with {len(done.outcomes)} outcomes for {len(self.keys)} keys"
+            )
+        for index, outcome in enumerate(done.outcomes):
+            if self.outcomes[index] == PENDING:
+                if outcome == FetchOutcome.HIT and not self._abandoned:
+                    raise RemoteProtocolError(
+                        f"DONE says HIT for key {index}, but bytes are missing"
+                    )
+                self._fail(index, outcome or FetchOutcome.UNAVAILABLE)
+
+    def fail_rest(self, outcome: FetchOutcome) -> None:
+        """Everything that is not known yet ends with `outcome`."""
+        for index, known in enumerate(self.outcomes):
+            if known == PENDING:
+                self._fail(index, outcome)
+
+    def _complete(self, piece: int, group: int, index: int) -> None:
+        expected = self._expected.pop(piece)
+        if self._abandoned or self.outcomes[index] != PENDING:
+            return
+        first, last, _, _ = self.pieces.group_ranges[group]
+        seed = self._seeds.get(index)
+        if seed is None:
+            seed = block_seed(self._namespace, self.keys[index])
+            if self.pieces.group_count > 1:
+                self._seeds[index] = seed
+        geometry = self.pieces.geometry
+        layers: Sequence[memoryview]
+        memory = self._memory[index]
+        base = geometry.offsets[self.pieces.layer_first]
+        if isinstance(memory, memoryview):
+            layers = [
+                memory[geometry.offsets[layer] - base : geometry.offsets[layer + 1] - base]
+                for layer in range(first, last)
+            ]
+        else:
+            layers = memory[first - self.pieces.layer_first : last - self.pieces.layer_first]
+        if layer_checksums(layers, seed, first) != expected:
+            self.corrupt.append(index)
+            self._fail(index, FetchOutcome.CORRUPT)
+            return
+        self._groups_left[index] -= 1
+        if self._groups_left[index] == 0:
+            self.outcomes[index] = FetchOutcome.HIT
+        self._on_piece(index, group)
+
+    def _fail(self, index: int, outcome: int) -> None:
+        if self.outcomes[index] == PENDING:
+            self.outcomes[index] = outcome
+            self._on_failed(index, outcome)
+
+
+class PutTransfer:
+    """Blocks leaving in a put: announced by PUT, sent as WANT asks.
+
+    Args:
+        geometry: Geometry of the blocks.
+        memory: Memory of each block, all layers. Borrowed, and must not change, until the
+            last chunk was released.
+    """
+
+    def __init__(self, geometry: Geometry, memory: Sequence[BlockMemory]) -> None:
+        self.outcomes = bytearray([PENDING]) * len(memory)
+        self.sent_bytes = 0
+        self._geometry = geometry
+        self._memory = memory
+        self._wanted: list[int] = []
+        self._asked: set[int] = set()
+        self._at = 0
+        self._offset = 0
+        self._out_count = 0
+        self._stopped = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether no chunk is out: nobody reads the memory at present."""
+        return self._out_count == 0
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that were asked for and not yet given out as chunks."""
+        return (len(self._wanted) - self._at) * self._geometry.block_bytes - self._offset
+
+    def want(self, want: Want) -> None:
+        """The server has reserved space for some blocks.
+
+        Raises:
+            RemoteProtocolError: Indices that were not announced, or already asked for.
+        """
+        for index in want.indices:
+            if not 0 <= index < len(self._memory) or index in self._asked:
+                raise RemoteProtocolError(f"WANT for block {index} of {len(self._memory)}")
+            self._asked.add(index)
+            self._wanted.append(index)
+
+    def stop(self) -> None:
+        """Give out no more chunks."""
+        self._stopped = True
+        self._at = len(self._wanted)
+        self._offset = 0
+
+    def next_chunk(self, bytes_max: int = PAYLOAD_BYTES_MAX) -> Chunk | None:
+        """The next payload: whole consecutive blocks, or a part of a large one."""
+        if self._stopped or self._at >= len(self._wanted):
+            return None
+        block_bytes = self._geometry.block_bytes
+        first, first_offset = self._wanted[self._at], self._offset
+        buffers: list[memoryview] = []
+        length = 0
+        while self._at < len(self._wanted) and length < bytes_max and len(buffers) < 512:
+            index = self._wanted[self._at]
+            # A frame covers consecutive pieces only.
+            if buffers and index != self._wanted[self._at - 1] + 1:
+                break
+            take = min(bytes_max - length, block_bytes - self._offset)
+            buffers += slice_memory(self._memory[index], self._geometry, 0, self._offset, take)
+            length += take
+            self._offset += take
+            if self._offset == block_bytes:
+                self._at += 1
+                self._offset = 0
+        self._out_count += 1
+        self.sent_bytes += length
+        return Chunk(first, first_offset, buffers, length, b"", self._released)
+
+    def done(self, outcomes: bytes) -> None:
+        """The server has said all.
+
+        Raises:
+            RemoteProtocolError: Outcomes that cannot be.
+        """
+        if len(outcomes) != len(self.outcomes) or not _PUT_OUTCOMES.issuperset(outcomes):
+            raise RemoteProtocolError(
+                f"PUT_DONE with {len(outcomes)} outcomes for {len(self.outcomes)} blocks"
+            )
+        for index, outcome in enumerate(outcomes):
+            if self.outcomes[index] == PENDING:
+                self.outcomes[index] = outcome
+
+    def fail_rest(self, outcome: PutOutcome) -> None:
+        """Everything that is not known yet ends with `outcome`."""
+        for index, known in enumerate(self.outcomes):
+            if known == PENDING:
+                self.outcomes[index] = outcome
+
+    def _released(self) -> None:
+        self._out_count -= 1
+
+
+def check_memory(
+    memory: object, count: int, pieces_bytes: Sequence[int], what: str, writable: bool
+) -> list[BlockMemory]:
+    """Views of the memory that a caller gave for `count` blocks.
+
+    Args:
+        memory: One contiguous buffer a block; or a list of layer buffers a block; or one
+            buffer whose first axis is the block.
+        pieces_bytes: Bytes of each layer that the memory of a block holds.
+
+    Raises:
+        LocalProtocolError: Names the block, its size and the expected one.
+    """
+    size_bytes = sum(pieces_bytes)
+    if not isinstance(memory, list | tuple):
+        whole = as_memory(memory, what, count * size_bytes, writable)
+        return [whole[at : at + size_bytes] for at in range(0, count * size_bytes, size_bytes)]
+    if len(memory) != count:
+        raise LocalProtocolError(f"{what}: {len(memory)} buffers for {count} blocks")
+    views: list[BlockMemory] = []
+    for index, block in enumerate(memory):
+        name = f"{what}[{index}]"
+        if isinstance(block, list | tuple):
+            if len(block) != len(pieces_bytes):
+                raise LocalProtocolError(
+                    f"{name}: {len(block)} layer buffers, expected {len(pieces_bytes)}"
+                )
+            views.append(
+                [
+                    as_memory(layer, f"{name}[{number}]", size, writable)
+                    for number, (layer, size) in enumerate(zip(block, pieces_bytes, strict=True))
+                ]
+            )
+        else:
+            views.append(as_memory(block, name, size_bytes, writable))
+    return views

@@ -1,0 +1,168 @@
+"""The shell around a protocol: moves bytes between a stream and the event loop, and decides
+nothing. One class for both sides.
+
+Why not asyncio's transports: CPython 3.11's `writelines` joins its buffers (a copy of all
+payload), and none of them tells when a buffer has been let go of, which is when a block may
+be unpinned. Two readiness callbacks and two system calls do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from kvstore.errors import KVStoreError, ProtocolError, RefusedError, TransportError
+from kvstore.protocol import FrameProtocol
+from kvstore.transport.base import Stream
+
+logger = logging.getLogger(__name__)
+
+# System calls in one callback before other connections get their turn. A call moves at most
+# what the socket buffer holds, a few MiB.
+CALLS_PER_TURN_MAX = 8
+# How long a connection that is being closed may take to send what explains the close.
+LAST_WORDS_S = 1.0
+
+
+class FrameConnection:
+    """One connection on the loop's thread.
+
+    Args:
+        loop: The running loop; all methods are to be called on its thread.
+        stream: Connected; owned from now on.
+        protocol: Its reader says where bytes go, its writer which ones to send.
+        on_closed: Called once with the reason when the connection is gone, after
+            `protocol.lost`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        stream: Stream,
+        protocol: FrameProtocol,
+        on_closed: Callable[[Exception], None],
+    ) -> None:
+        self.stream = stream
+        self.protocol = protocol
+        self.closed = False
+        #: Loop time at which the last byte moved, in either direction.
+        self.active_at = loop.time()
+        self._loop = loop
+        self._on_closed = on_closed
+        self._writing = False
+        self._flush_scheduled = False
+        self._in_turn = False
+        self._close_reason: Exception | None = None
+        protocol.on_output = self._output
+        loop.add_reader(stream.fileno(), self._readable)
+        self._output()
+
+    def close(self, reason: Exception) -> None:
+        """Close at once; what is queued is not sent."""
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self.stream.fileno())
+        if self._writing:
+            self._loop.remove_writer(self.stream.fileno())
+        self.stream.close()
+        self.protocol.lost(reason)
+        self._on_closed(reason)
+
+    def close_when_sent(self, reason: Exception) -> None:
+        """Read no more, send what is queued without waiting for long, then close."""
+        if self.closed or self._close_reason is not None:
+            return
+        self._close_reason = reason
+        self._loop.remove_reader(self.stream.fileno())
+        self._flush()
+        if not self.closed:
+            self._loop.call_later(LAST_WORDS_S, self.close, reason)
+
+    def _output(self) -> None:
+        # Inside of a turn the flush at its end takes the output along.
+        if not (self._in_turn or self._flush_scheduled or self._writing or self.closed):
+            self._flush_scheduled = True
+            self._loop.call_soon(self._scheduled_flush)
+
+    def _scheduled_flush(self) -> None:
+        self._flush_scheduled = False
+        if not self._writing:
+            self._flush()
+
+    def _readable(self) -> None:
+        reader = self.protocol.reader
+        self._in_turn = True
+        try:
+            for _ in range(CALLS_PER_TURN_MAX):
+                try:
+                    count = self.stream.receive_into(reader.buffers())
+                except BlockingIOError:
+                    break
+                if count == 0:
+                    where = "inside of a frame" if reader.mid_frame else "between frames"
+                    raise TransportError(f"{self.stream.peer} closed the connection {where}")
+                requested = reader.requested_bytes
+                self.protocol.receive(count)
+                if self.closed or count < requested:
+                    break
+            self.active_at = self._loop.time()
+        except (ProtocolError, RefusedError) as error:
+            self._broken(error)
+        except TransportError as error:
+            self.close(error)
+        except Exception as error:
+            logger.exception("connection to %s: internal error", self.stream.peer)
+            self.close(TransportError(f"internal error: {error!r}"))
+        finally:
+            self._in_turn = False
+        if not self.closed and not self._writing:
+            self._flush()
+
+    def _broken(self, error: KVStoreError) -> None:
+        self.protocol.refuse(error)
+        self.close_when_sent(error)
+
+    def _flush(self) -> None:
+        """Send until the socket is full or nothing is left."""
+        if self.closed:
+            return
+        protocol, writer = self.protocol, self.protocol.writer
+        self._in_turn = True
+        try:
+            for _ in range(CALLS_PER_TURN_MAX):
+                if self._close_reason is None:
+                    protocol.fill()
+                buffers = writer.buffers()
+                if not buffers:
+                    self._want_writable(False)
+                    if self._close_reason is not None:
+                        self.close(self._close_reason)
+                    return
+                offered = writer.offered_bytes
+                try:
+                    count = self.stream.send(buffers)
+                except BlockingIOError:
+                    break
+                finally:
+                    del buffers
+                writer.sent(count)
+                self.active_at = self._loop.time()
+                if count < offered:
+                    break
+            self._want_writable(True)
+        except TransportError as error:
+            self.close(error)
+        except Exception as error:
+            logger.exception("connection to %s: internal error", self.stream.peer)
+            self.close(TransportError(f"internal error: {error!r}"))
+        finally:
+            self._in_turn = False
+
+    def _want_writable(self, wanted: bool) -> None:
+        if wanted and not self._writing:
+            self._loop.add_writer(self.stream.fileno(), self._flush)
+        elif not wanted and self._writing:
+            self._loop.remove_writer(self.stream.fileno())
+        self._writing = wanted
