@@ -1,0 +1,106 @@
+"""Which daemon owns what: rendezvous hashing of extents.
+
+Rule: a place depends on the head key of the extent and on the names of the daemons, and on
+nothing else. Not on the namespace, so that all ranks of a block lie together; not on the
+order in which daemons are listed; not on health, so that a daemon that comes back finds its
+blocks where clients look for them.
+
+Highest random weight: Thaler and Ravishankar, "Using Name-Based Mappings to Increase Hit
+Rates", IEEE/ACM Transactions on Networking 6(1), 1998. When one of n daemons goes, its share
+of 1/n moves, evenly to the others, and nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from kvstore.errors import ConfigError, LocalProtocolError
+
+# Blocks placed together. One request serves the whole extent, so that a long prefix costs few
+# round trips; and at 16 to 64 tokens a block it is small enough to spread one context of tens
+# of thousands of tokens over many daemons.
+EXTENT_BLOCKS = 64
+# A reader tries the second owner where the first has nothing or does not answer; a third
+# would cost every miss one more round trip.
+OWNERS_MAX = 2
+
+
+class Extent(NamedTuple):
+    """Consecutive blocks that lie together.
+
+    Attributes:
+        first, last: Indices into the caller's keys, `[first, last)`.
+        owners: Indices of daemons, best first.
+    """
+
+    first: int
+    last: int
+    owners: tuple[int, ...]
+
+
+class Placement:
+    """Places extents on a fixed set of daemons. Immutable, any thread may use it.
+
+    Args:
+        nodes: Names of the daemons; every client must know them by the same names.
+
+    Raises:
+        ConfigError: There are no names, or one occurs twice.
+    """
+
+    __slots__ = ("_order", "_seeds")
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        if not nodes:
+            raise ConfigError("endpoints", "", "at least one is needed")
+        for index, node in enumerate(nodes):
+            if node in nodes[:index]:
+                raise ConfigError("endpoints", node, "must be listed once")
+        # Equal weights are as good as impossible; sorted names decide even those the same
+        # way for every client.
+        self._order = sorted(range(len(nodes)), key=lambda index: nodes[index])
+        self._seeds = [xxh3_64_intdigest(nodes[index].encode()) for index in self._order]
+
+    def owners(self, head_key: bytes) -> tuple[int, ...]:
+        """Indices of the daemons that own an extent, best first: two, or one if there is one.
+
+        Args:
+            head_key: Key of the first block of the extent.
+        """
+        weights = [xxh3_64_intdigest(head_key, seed) for seed in self._seeds]
+        owners = []
+        for _ in range(min(OWNERS_MAX, len(weights))):
+            index = weights.index(max(weights))
+            weights[index] = -1
+            owners.append(self._order[index])
+        return tuple(owners)
+
+    def split(
+        self, keys: Sequence[bytes], start: int, stop: int, chain: bool = True
+    ) -> list[Extent]:
+        """Cut a range of blocks into the extents that it touches, in order.
+
+        Args:
+            keys: With `chain`, the keys of a prefix from its beginning.
+            start, stop: The blocks that the call is about, `[start, stop)` of `keys`.
+            chain: Without it each key is an extent of its own.
+
+        Raises:
+            LocalProtocolError: The range is not within `keys`.
+        """
+        if not 0 <= start <= stop <= len(keys):
+            raise LocalProtocolError(
+                f"blocks [{start}, {stop}): must be a range within the {len(keys)} keys"
+            )
+        if not chain:
+            return [Extent(i, i + 1, self.owners(keys[i])) for i in range(start, stop)]
+        if start == stop:
+            return []
+        heads = range(start - start % EXTENT_BLOCKS, stop, EXTENT_BLOCKS)
+        return [
+            Extent(max(start, head), min(stop, head + EXTENT_BLOCKS), self.owners(keys[head]))
+            for head in heads
+        ]
