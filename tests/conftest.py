@@ -1,11 +1,17 @@
-"""Settings for every test run: repeatable randomness, and asyncio's own checks."""
+"""Settings for every test run: repeatable randomness, asyncio's own checks, no one left behind."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
 # Set here and not only in the Makefile, so that a single test run by hand checks the same;
 # processes that tests start inherit it.
@@ -32,3 +38,30 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = int(request.config.getoption("seed"))
     print(f"seed: {value}")
     return value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fail the run if a process that a test has started, or a child of it, outlives the tests."""
+    # Orphans become our children, so that none hides behind a parent that has ended.
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    left = _living_children()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"left behind: {left}"
+
+
+def _living_children() -> dict[int, str]:
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The command's name is in brackets and may contain anything; see proc(5).
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            command = (stat.parent / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue  # ended meanwhile
+        # Python's own tracker of shared memory ends with us.
+        if int(parent) == os.getpid() and state != "Z" and "resource_tracker" not in command:
+            found[int(stat.parent.name)] = command
+    return found
