@@ -1,0 +1,170 @@
+"""The storage engine as a block source: what `kvstored` serves with an arena alone."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.blocksource import BlockSource, FetchStream, PutStream
+from kvstore.errors import LocalProtocolError, Unsupported
+from kvstore.layout import Layout, PieceMap
+from kvstore.loadreport import BufferLoad, DiskLoad
+from kvstore.messages import (
+    LEASE_MS_MAX,
+    AckLevel,
+    NamespaceInfo,
+    Pool,
+    PoolAction,
+    PoolInfo,
+)
+from kvstore_daemon.engine.policy import EvictionPolicy, Fifo
+from kvstore_daemon.engine.pools import Namespace
+from kvstore_daemon.engine.store import BlockStore
+from kvstore_daemon.streams import ArenaFetch, ArenaPut
+
+# One report of corrupt blocks makes the loop hash no more than this: about 10 ms.
+CHECK_BYTES_PER_CALL_MAX = 256 * 1024 * 1024
+
+
+class ArenaSource(BlockSource):
+    """Blocks in one arena.
+
+    Ownership: borrows `arena` until the last chunk was released and the last put has ended.
+
+    Args:
+        arena: Writable memory, touched before; nobody else writes there.
+        clock: Seconds of a monotonic clock, for leases.
+        make_policy: Makes the eviction policy of a pool, from its capacity in bytes and the
+            ticks that all pools share.
+        capacities: Quotas of pools in bytes, from the configuration.
+        pins: Generations that pools are pinned to, from the configuration.
+    """
+
+    def __init__(
+        self,
+        arena: memoryview,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        make_policy: Callable[[int, Iterable[int]], EvictionPolicy] = Fifo,
+        capacities: Mapping[str, int] | None = None,
+        pins: Mapping[str, bytes] | None = None,
+    ) -> None:
+        ticks = itertools.count()
+        self.store = BlockStore(arena, lambda capacity: make_policy(capacity, ticks))
+        self._clock = clock
+        capacities, pins = capacities or {}, pins or {}
+        for name in sorted({*capacities, *pins}):
+            self.store.pools.configure(name, capacities.get(name, 0), pins.get(name, b""))
+
+    def open_namespace(self, pool: str, layout: Layout) -> NamespaceInfo:
+        return self.store.pools.open(pool, layout).info()
+
+    def namespaces(self, pool: str) -> list[NamespaceInfo]:
+        return [namespace.info() for namespace in self.store.pools.namespaces(pool)]
+
+    def administer_pool(self, request: Pool) -> list[PoolInfo]:
+        pools, name = self.store.pools, request.pool
+        match request.action:
+            case PoolAction.LIST:
+                return [pool.info() for pool in pools if name in ("", pool.name)]
+            case PoolAction.PIN:
+                return [pools.pin(name, request.generation).info()]
+            case PoolAction.UNPIN:
+                return [pools.unpin(name).info()]
+            case PoolAction.SET_CAPACITY:
+                pool = pools.set_capacity(name, request.capacity_bytes)
+                self.store.upkeep(self._clock())
+                return [pool.info()]
+            case PoolAction.RETIRE:
+                pool = pools.pool(name)
+                self.store.retire(name, request.generation)
+                self.store.upkeep(self._clock())
+                return [pool.info()]
+
+    def layer_bytes(self, namespace: bytes) -> tuple[int, ...]:
+        return self.store.pools.namespace(namespace).layout.layer_bytes
+
+    def lookup(
+        self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: object
+    ) -> tuple[bytes, int]:
+        opened = [self.store.pools.namespace(id) for id in namespaces]
+        hits = _stored(opened[0], keys)
+        for namespace in opened[1:]:
+            hits &= _stored(namespace, keys)
+        self.store.counters["lookup_keys"] += len(keys)
+        self.store.counters["lookup_hits"] += int(np.count_nonzero(hits))
+        lease = 0
+        if lease_ms > 0:
+            run = len(keys) if hits.all() else int(hits.argmin())
+            lease = self._lease(opened, keys[:run], lease_ms, owner)
+        return np.packbits(hits, bitorder="little").tobytes(), lease
+
+    def fetch(self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap) -> FetchStream:
+        return ArenaFetch(self.store, self.store.pools.namespace(namespace), keys, pieces)
+
+    def put(
+        self, namespace: bytes, keys: Sequence[bytes], checksums: bytes, ack: AckLevel
+    ) -> PutStream:
+        if ack is not AckLevel.MEMORY:
+            raise Unsupported(f"ack={ack}: this daemon has no disk, only ack=memory can be met")
+        self.store.expire(self._clock())
+        return ArenaPut(self.store, self.store.pools.namespace(namespace), keys, checksums)
+
+    def delete(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
+        opened = self.store.pools.namespace(namespace)
+        deleted = bytes(self.store.delete(opened, key) for key in keys)
+        self.store.counters["blocks_deleted"] += sum(deleted)
+        return deleted
+
+    def release(self, leases: Sequence[int], owner: object) -> list[bool]:
+        now = self._clock()
+        self.store.expire(now)
+        return [self.store.release(number, owner, now) for number in leases]
+
+    def check(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
+        """Verify stored blocks now and drop the bad ones.
+
+        Looks at `CHECK_BYTES_PER_CALL_MAX` and at least one block; the rest counts as good.
+        """
+        opened = self.store.pools.namespace(namespace)
+        count_max = max(1, CHECK_BYTES_PER_CALL_MAX // opened.geometry.block_bytes)
+        dropped = bytearray(len(keys))
+        for index, key in enumerate(keys[:count_max]):
+            if not self.store.verify(opened, key):
+                dropped[index] = self.store.delete(opened, key)
+        self.store.counters["blocks_corrupt"] += sum(dropped)
+        self.store.counters["checks_skipped"] += max(0, len(keys) - count_max)
+        return bytes(dropped)
+
+    def owner_gone(self, owner: object) -> None:
+        self.store.owner_gone(owner)
+
+    def buffer_load(self) -> BufferLoad:
+        self.store.upkeep(self._clock())
+        return BufferLoad(free_bytes=self.store.free_bytes, total_bytes=self.store.arena_bytes)
+
+    def disk_load(self) -> DiskLoad:
+        return DiskLoad()
+
+    def counters(self) -> dict[str, int]:
+        return dict(self.store.counters)
+
+    def _lease(
+        self, namespaces: list[Namespace], keys: Sequence[bytes], lease_ms: int, owner: object
+    ) -> int:
+        if lease_ms > LEASE_MS_MAX:
+            raise LocalProtocolError(f"lease_ms={lease_ms}: at most {LEASE_MS_MAX}")
+        if not keys:
+            return 0
+        now = self._clock()
+        self.store.expire(now)
+        slots = [namespace.slots[key] for namespace in namespaces for key in keys]
+        return self.store.lease(owner, slots, now + lease_ms / 1e3)
+
+
+def _stored(namespace: Namespace, keys: Sequence[bytes]) -> NDArray[np.bool_]:
+    return np.fromiter(map(namespace.slots.__contains__, keys), dtype=np.bool_, count=len(keys))
