@@ -153,7 +153,8 @@ class Buffer:
         """Give the piece back.
 
         Raises:
-            LocalProtocolError: It was given back before.
+            LocalProtocolError: It was given back before; or a system call is still under way
+                in its view, and then it stays leased.
         """
         self._pool._give_back(self, self._index)
 
@@ -211,6 +212,9 @@ class BufferPool:
     def _give_back(self, buffer: Buffer, index: int) -> None:
         if self._leased.get(index) is not buffer:
             raise LocalProtocolError(f"buffer {index} was released before")
+        try:
+            buffer.view.release()
+        except BufferError as error:
+            raise LocalProtocolError(f"buffer {index} is still in use: {error}") from error
         del self._leased[index]
-        buffer.view.release()
         self._free.append(index)

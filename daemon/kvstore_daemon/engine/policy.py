@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -54,7 +55,7 @@ class Fifo:
 
     def __init__(self, capacity_bytes: int, ticks: Iterable[int]) -> None:
         self._ticks = iter(ticks)
-        self._inserted: dict[int, int] = {}
+        self._inserted: OrderedDict[int, int] = OrderedDict()
 
     def resize(self, capacity_bytes: int) -> None:
         """Means nothing here."""
