@@ -111,8 +111,8 @@ class ArenaSource(BlockSource):
     ) -> PutStream:
         if ack is not AckLevel.MEMORY:
             raise Unsupported(f"ack={ack}: this daemon has no disk, only ack=memory can be met")
-        self.store.expire(self._clock())
-        return ArenaPut(self.store, self.store.pools.namespace(namespace), keys, checksums)
+        opened = self.store.pools.namespace(namespace)
+        return ArenaPut(self.store, opened, keys, checksums, self._clock)
 
     def delete(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
         opened = self.store.pools.namespace(namespace)

@@ -7,7 +7,7 @@ transport has let go of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvstore.blocksource import Chunk, FetchStream, PutStream
@@ -112,9 +112,11 @@ class ArenaFetch(FetchStream):
         pins, starts, arena = store.index.pins, store.allocator.starts, store.arena
         slots: list[int] = []
         buffers: list[memoryview] = []
+        missing = False
         for key in keys[first : first + min(bytes_max // size, BUFFERS_PER_CHUNK_MAX)]:
             slot = known.get(key)
             if slot is None:
+                missing = True
                 break
             pins[slot] += 1
             begin = starts[slot] * PAGE_BYTES + start
@@ -125,6 +127,9 @@ class ArenaFetch(FetchStream):
         if not count:
             return None  # finished: every key that was left is missing
         self._outcomes[first : self._piece] = bytes(count)  # FetchOutcome.HIT is 0
+        if missing:
+            self._fail(0, self._piece)
+            self._piece += 1
         length = count * size
         self._queued_bytes -= length
         store.counters["fetch_hits"] += count
@@ -263,10 +268,16 @@ class ArenaPut(PutStream):
     """
 
     def __init__(
-        self, store: BlockStore, namespace: Namespace, keys: Sequence[bytes], checksums: bytes
+        self,
+        store: BlockStore,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        checksums: bytes,
+        clock: Callable[[], float],
     ) -> None:
         self.on_decided = _nothing
         self._store = store
+        self._clock = clock
         self._namespace = namespace
         self._keys = keys
         self._checksums = checksums
@@ -291,6 +302,7 @@ class ArenaPut(PutStream):
 
     def reserve(self, bytes_max: int) -> list[int]:
         store, namespace = self._store, self._namespace
+        store.expire(self._clock())
         block_bytes = namespace.geometry.block_bytes
         wanted: list[int] = []
         full = False

@@ -48,7 +48,9 @@ def test_a_hole_of_the_exact_size_comes_first_then_the_smallest_that_is_larger()
     allocator.check()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+)
 def test_free_neighbours_merge(order: tuple[int, ...]) -> None:
     allocator = ExtentAllocator(9)
     extents = fill(allocator, 2, 3, 4)

@@ -29,8 +29,8 @@ class BlockIndex:
 
     Attributes:
         keys: Key of a published block, else None.
-        checksums: Packed layer checksums of a published block, else None. Each stored
-            version has an object of its own: identity tells two versions apart.
+        checksums: Packed layer checksums of a published or doomed block, else None. Each
+            stored version has an object of its own: identity tells two versions apart.
         pins: How many hold the block where it is.
         namespace_numbers: Which namespace an occupied slot belongs to.
         queued: 1 if the pool's eviction policy knows the block.
@@ -76,7 +76,6 @@ class BlockIndex:
         """
         assert self.keys[slot] is not None
         self.keys[slot] = None
-        self.checksums[slot] = None
         self.published_count -= 1
         if self.pins[slot]:
             self.doomed.add(slot)
@@ -88,6 +87,7 @@ class BlockIndex:
         assert self.keys[slot] is None
         assert not self.pins[slot]
         assert not self.queued[slot]
+        self.checksums[slot] = None
         self.doomed.discard(slot)
 
     def abandon(self, slot: int) -> None:

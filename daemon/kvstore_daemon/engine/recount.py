@@ -35,9 +35,9 @@ def check_invariants(store: BlockStore) -> None:
             queued[namespace.pool.name] += index.queued[slot]
             continue
         assert index.keys[slot] is None
-        assert index.checksums[slot] is None
         assert not index.queued[slot]
         assert index.pins[slot] > 0, f"slot {slot} is lost"
+        assert (index.checksums[slot] is not None) == (slot in index.doomed)
         if slot in index.doomed:
             doomed += 1
         else:

@@ -266,12 +266,18 @@ class BlockStore:
             slot = allocate(page_count)
             if slot != END:
                 return slot
-        for _ in range(VICTIMS_PER_RESERVATION_MAX):
+
+        def smaller(slot: int) -> bool:
+            # Evicting a block of the wanted size would make room alone, without the victim:
+            # that is for the policy to choose.
+            return not self._pins[slot] and self.allocator.pages(slot) < page_count
+
+        for left in reversed(range(VICTIMS_PER_RESERVATION_MAX)):
             victim = self._next_victim()
             if victim is None:
                 return END
             hole = self._discard(victim, "blocks_evicted_arena")
-            window = self.allocator.window(hole, page_count, self._evictable)
+            window = self.allocator.window(hole, page_count, smaller if left else self._evictable)
             if window is None:
                 continue
             for slot in window:

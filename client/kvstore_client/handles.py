@@ -1,0 +1,285 @@
+"""What a caller holds while a fetch or a put is under way, and what it gets at the end.
+
+A handle ends twice. `outcome`: every block has its outcome, at the latest at the deadline.
+`quiet`: no peer can write into (fetch) or read from (put) the caller's memory any more. The
+memory is the caller's again at `quiet`, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from kvstore.errors import TransportTimeout
+from kvstore.messages import FetchOutcome, PutOutcome, Tier
+
+# How much later than its deadline a handle may end before the library is declared stuck
+# (a starved loop thread); only then does `result` raise instead of returning outcomes.
+STUCK_AFTER_S = 5.0
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks of one request that travelled together: who served them, how, and how long.
+
+    Attributes:
+        path: "direct"; other paths name themselves.
+        transport: What really moved the bytes: "tcp", "unix", ...
+        peer: Node id of the peer, or its endpoint if it never answered.
+        block_count: Blocks that were asked for in this run.
+        bytes: Payload bytes that arrived or were sent.
+        elapsed_us: From the request until its last word, by the clock of this process.
+        service_us: Of those, the time that the peer says it took.
+    """
+
+    path: str
+    transport: str
+    peer: str
+    block_count: int
+    bytes: int
+    elapsed_us: int
+    service_us: int = 0
+
+
+class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a fetch ended.
+
+    Attributes:
+        outcomes: One a key, in the order of the request.
+        tiers: Where each block was found.
+        runs: What the blocks travelled in; those tried again are in two.
+        run_of_block: For each key the index of its last run, -1 if it was in none.
+        bytes: Bytes of hits that are in the caller's memory.
+        elapsed_s: From the call to the outcome.
+        errors: What went wrong, as exceptions, once each; empty when all is well.
+    """
+
+    outcomes: list[FetchOutcome]
+    tiers: list[Tier]
+    runs: list[Run]
+    run_of_block: list[int]
+    bytes: int
+    elapsed_s: float
+    errors: list[Exception]
+
+    @property
+    def hit_count(self) -> int:
+        """Blocks that are in the caller's memory, verified."""
+        return self.outcomes.count(FetchOutcome.HIT)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every block is a hit."""
+        return self.hit_count == len(self.outcomes)
+
+
+class PutResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How a put ended; fields as in `FetchResult`. `bytes` counts what was sent."""
+
+    outcomes: list[PutOutcome]
+    runs: list[Run]
+    run_of_block: list[int]
+    bytes: int
+    elapsed_s: float
+    errors: list[Exception]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every block is stored, by this put or an earlier one."""
+        return all(
+            outcome in (PutOutcome.STORED, PutOutcome.EXISTS, PutOutcome.CONFLICT)
+            for outcome in self.outcomes
+        )
+
+
+ResultT = TypeVar("ResultT", FetchResult, PutResult)
+
+
+class Handle(Generic[ResultT]):
+    """A request under way. All methods may be called from any thread.
+
+    Attributes:
+        outcome: Future of the result, set at the deadline at the latest. Never fails:
+            whatever happens on the way becomes the outcome of a block.
+        quiet: Future that is set when the caller's memory is free.
+    """
+
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], None]) -> None:
+        self.outcome: Future[ResultT] = Future()
+        self.quiet: Future[None] = Future()
+        self._deadline_s = deadline_s
+        self._on_cancel = on_cancel
+
+    def poll(self) -> bool:
+        """Whether the outcome is known."""
+        return self.outcome.done()
+
+    def cancel(self) -> None:
+        """Stop: what has not arrived yet is not waited for. The outcome follows at once."""
+        self._on_cancel()
+
+    def result(self) -> ResultT:
+        """Wait for the outcome, until the deadline at the latest.
+
+        Raises:
+            TransportTimeout: The library's own thread did not get to run for seconds; the
+                memory is not free until `quiet`.
+        """
+        try:
+            return self.outcome.result(self._deadline_s + STUCK_AFTER_S)
+        except TimeoutError:
+            raise TransportTimeout(
+                f"no outcome {STUCK_AFTER_S} s after the deadline of {self._deadline_s} s:"
+                " the client's loop thread is starved"
+            ) from None
+
+    def wait_quiet(self) -> None:
+        """Wait until the caller's memory is free."""
+        self.quiet.result()
+
+
+class FetchHandle(Handle[FetchResult]):
+    """A fetch under way; tells when layers are complete.
+
+    Args:
+        layers: Number of layers asked for.
+    """
+
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], None], layers: int) -> None:
+        super().__init__(deadline_s, on_cancel)
+        self._layer_count = layers
+        self._layers_ready = 0
+        self._failed = False
+        self._progress = threading.Condition()
+
+    @property
+    def layers_ready(self) -> int:
+        """Leading layers (of those asked for) that no block waits for any more."""
+        return self._layers_ready
+
+    def wait_layer(self, layer: int) -> bool:
+        """Wait until layer `layer` of every block has arrived or failed.
+
+        Args:
+            layer: Counted from the first layer asked for.
+
+        Returns:
+            True if it is there for every block. False if a block has failed (now or in an
+            earlier layer); `result` tells which.
+        """
+        self._check_layer(layer)
+        with self._progress:
+            self._progress.wait_for(
+                lambda: self._layers_ready > layer or self.outcome.done(),
+                self._deadline_s + STUCK_AFTER_S,
+            )
+            return self._layers_ready > layer and not self._failed
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self._layer_count:
+            raise IndexError(f"layer {layer} of {self._layer_count} asked for")
+
+    def _publish_layers(self, count: int, failed: bool) -> None:
+        with self._progress:
+            self._layers_ready = count
+            self._failed = failed
+            self._progress.notify_all()
+
+    def _publish_outcome(self, result: FetchResult) -> None:
+        with self._progress:
+            self.outcome.set_result(result)
+            self._progress.notify_all()
+
+
+class PutHandle(Handle[PutResult]):
+    """A put under way."""
+
+
+class _Awaitable:
+    """Awaiting for handles of an `AsyncClient`, on its loop."""
+
+    outcome: Future[Any]
+    quiet: Future[None]
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return _on_loop(self.outcome).__await__()
+
+    async def quiesced(self) -> None:
+        """Wait until the caller's memory is free."""
+        await _on_loop(self.quiet)
+
+
+class AsyncFetchHandle(_Awaitable, FetchHandle):
+    """A fetch under way on a loop; `await handle` gives the result."""
+
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], None], layers: int) -> None:
+        super().__init__(deadline_s, on_cancel, layers)
+        self._layer_waiters: list[tuple[int, asyncio.Future[None]]] = []
+
+    async def layer(self, layer: int) -> bool:
+        """As `wait_layer`, without blocking the loop."""
+        self._check_layer(layer)
+        if self._layers_ready <= layer and not self.poll():
+            waiter = asyncio.get_running_loop().create_future()
+            self._layer_waiters.append((layer, waiter))
+            await waiter
+        return self._layers_ready > layer and not self._failed
+
+    def _publish_layers(self, count: int, failed: bool) -> None:
+        super()._publish_layers(count, failed)
+        self._wake(count)
+
+    def _publish_outcome(self, result: FetchResult) -> None:
+        super()._publish_outcome(result)
+        self._wake(self._layer_count)
+
+    def _wake(self, count: int) -> None:
+        waiters, self._layer_waiters = self._layer_waiters, []
+        for layer, waiter in waiters:
+            if layer >= count:
+                self._layer_waiters.append((layer, waiter))
+            elif not waiter.done():
+                waiter.set_result(None)
+
+
+class AsyncPutHandle(_Awaitable, PutHandle):
+    """A put under way on a loop; `await handle` gives the result."""
+
+
+def _on_loop(future: Future[Any]) -> asyncio.Future[Any]:
+    """The asyncio side of a future that is set on this loop's own thread."""
+    waiter = asyncio.get_running_loop().create_future()
+
+    def wake(done: Future[Any]) -> None:
+        if not waiter.done():
+            waiter.set_result(done.result())
+
+    future.add_done_callback(wake)
+    return waiter
+
+
+class LookupResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Which blocks are stored.
+
+    Attributes:
+        hits: One a key asked for: stored in all namespaces.
+        prefix: Length of the leading run of hits.
+        leases: What keeps the hits in place; give them to `release`.
+        unreachable: Endpoints that did not answer; their extents count as not stored.
+    """
+
+    hits: list[bool]
+    prefix: int
+    leases: Sequence[Any]
+    unreachable: list[str]
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """A lease at one peer, as `LookupResult.leases` holds them."""
+
+    endpoint: str
+    number: int

@@ -1,0 +1,229 @@
+"""A fetch or a put of a caller, from the call to `quiet`: what is known of each block.
+
+A job is split into *runs*, each one request to one peer by one path. The job owns the
+caller's memory and decides when its handle ends; runs only tell it what happened. Lives on
+the loop's thread; knows neither sockets nor paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kvstore.layout import Geometry, PieceMap
+from kvstore.messages import FetchOutcome, PutOutcome, Tier
+from kvstore.transfer import PENDING, BlockMemory
+from kvstore_client.handles import FetchHandle, FetchResult, PutHandle, PutResult, Run
+from kvstore_client.namespaces import Namespace
+
+
+class Job:
+    """What fetches and puts have in common.
+
+    Args:
+        keys: Keys of the blocks that the call is about.
+        deadline_at: Loop time at which everything ends.
+        started_at: Loop time of the call.
+    """
+
+    handle: FetchHandle | PutHandle
+
+    def __init__(
+        self, namespace: Namespace, keys: Sequence[bytes], started_at: float, deadline_at: float
+    ) -> None:
+        self.namespace = namespace
+        self.keys = keys
+        self.started_at = started_at
+        self.deadline_at = deadline_at
+        self.outcomes = bytearray([PENDING]) * len(keys)
+        self.runs: list[Run] = []
+        self.run_of_block = [-1] * len(keys)
+        self.errors: list[Exception] = []
+        self.ended = False
+        self.bytes = 0
+        # How to stop the runs under way.
+        self._stops: dict[object, Callable[[], None]] = {}
+        # Runs whose peers may still touch the caller's memory.
+        self._borrower_count = 0
+
+    def add_run(self, run: Run, indices: Sequence[int]) -> None:
+        """A run has ended: note who served which blocks."""
+        number = len(self.runs)
+        self.runs.append(run)
+        for index in indices:
+            self.run_of_block[index] = number
+        self.bytes += run.bytes
+
+    def add_error(self, error: Exception) -> None:
+        """Note what went wrong, once for each message."""
+        if str(error) not in map(str, self.errors):
+            self.errors.append(error)
+
+    def pending(self) -> list[int]:
+        """Indices of the blocks without an outcome."""
+        return [index for index, outcome in enumerate(self.outcomes) if outcome == PENDING]
+
+    def borrow(self, run: object, stop: Callable[[], None]) -> None:
+        """A run begins to use the caller's memory.
+
+        Args:
+            stop: Called when the job ends first; the run must let go as soon as it can.
+        """
+        self._stops[run] = stop
+        self._borrower_count += 1
+
+    def finished(self, run: object) -> None:
+        """A run has its result; it need not be stopped any more."""
+        self._stops.pop(run, None)
+
+    def let_go(self) -> None:
+        """A run's peer can touch the caller's memory no more."""
+        self._borrower_count -= 1
+        self._maybe_quiet()
+
+    def _stop_runs(self) -> None:
+        stops, self._stops = self._stops, {}
+        for stop in stops.values():
+            stop()
+
+    def _maybe_quiet(self) -> None:
+        if self.ended and self._borrower_count == 0 and not self.handle.quiet.done():
+            self.handle.quiet.set_result(None)
+
+
+class FetchJob(Job):
+    """A fetch: which groups of layers of which blocks are in the caller's memory.
+
+    Args:
+        memory: The caller's memory of each block, for the layers asked for.
+        group_layers: Layers in a group for order=layer, 0 for order=block.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        memory: Sequence[BlockMemory],
+        layers: range,
+        group_layers: int,
+        started_at: float,
+        deadline_at: float,
+    ) -> None:
+        super().__init__(namespace, keys, started_at, deadline_at)
+        self.memory = memory
+        self.layers = layers
+        self.group_layers = group_layers
+        self.tiers = bytearray(len(keys))
+        self.handle: FetchHandle
+        self._geometry: Geometry = namespace.geometry
+        group_count = self.pieces(1).group_count
+        self._group_count = group_count
+        self._groups_done = [0] * len(keys)
+        # Blocks that a group still waits for, and the first group that waits for any.
+        self._waiting = [len(keys)] * group_count
+        self._first_waiting = 0
+        self._failed = False
+
+    def pieces(self, key_count: int) -> PieceMap:
+        """How a request of `key_count` of the blocks is cut."""
+        return PieceMap(
+            self._geometry,
+            key_count,
+            self.layers.start,
+            self.layers.stop,
+            self.group_layers,
+        )
+
+    def may_retry(self, index: int) -> bool:
+        """Whether a block may be asked for again: only if none of its layers was published,
+        since a reader may be using those."""
+        return self._group_count == 1 or self._groups_done[index] == 0
+
+    def piece_arrived(self, index: int, group: int) -> None:
+        """A piece of a block is in the caller's memory and was verified."""
+        self._groups_done[index] = group + 1
+        self._waiting[group] -= 1
+        if group + 1 == self._group_count:
+            self.outcomes[index] = FetchOutcome.HIT
+        self._publish()
+
+    def block_failed(self, index: int, outcome: int) -> None:
+        """A block has its outcome, and it is no hit; nobody waits for its layers."""
+        if self.outcomes[index] != PENDING:
+            return
+        self.outcomes[index] = outcome
+        self._failed = True
+        for group in range(self._groups_done[index], self._group_count):
+            self._waiting[group] -= 1
+        self._publish()
+
+    def end(self, outcome: FetchOutcome, now: float) -> None:
+        """Everything that is not known yet ends with `outcome`; the handle ends."""
+        if self.ended:
+            return
+        self.ended = True
+        self._stop_runs()
+        for index in self.pending():
+            self.block_failed(index, outcome)
+        outcomes = list(map(FetchOutcome, self.outcomes))
+        span = self.pieces(1).span_bytes
+        self.handle._publish_outcome(
+            FetchResult(
+                outcomes=outcomes,
+                tiers=list(map(Tier, self.tiers)),
+                runs=self.runs,
+                run_of_block=self.run_of_block,
+                bytes=outcomes.count(FetchOutcome.HIT) * span,
+                elapsed_s=now - self.started_at,
+                errors=self.errors,
+            )
+        )
+        self._maybe_quiet()
+
+    def _publish(self) -> None:
+        first = self._first_waiting
+        while first < self._group_count and self._waiting[first] == 0:
+            first += 1
+        if first != self._first_waiting and not self.ended:
+            self._first_waiting = first
+            step = self.group_layers or len(self.layers)
+            self.handle._publish_layers(min(first * step, len(self.layers)), self._failed)
+
+
+class PutJob(Job):
+    """A put.
+
+    Args:
+        memory: The caller's memory of each block, all layers.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        memory: Sequence[BlockMemory],
+        started_at: float,
+        deadline_at: float,
+    ) -> None:
+        super().__init__(namespace, keys, started_at, deadline_at)
+        self.memory = memory
+        self.handle: PutHandle
+
+    def end(self, outcome: PutOutcome, now: float) -> None:
+        """Everything that is not known yet ends with `outcome`; the handle ends."""
+        if self.ended:
+            return
+        self.ended = True
+        self._stop_runs()
+        for index in self.pending():
+            self.outcomes[index] = outcome
+        self.handle.outcome.set_result(
+            PutResult(
+                outcomes=list(map(PutOutcome, self.outcomes)),
+                runs=self.runs,
+                run_of_block=self.run_of_block,
+                bytes=self.bytes,
+                elapsed_s=now - self.started_at,
+                errors=self.errors,
+            )
+        )
+        self._maybe_quiet()

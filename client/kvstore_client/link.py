@@ -1,0 +1,372 @@
+"""The way to one peer: three connections, kept up, and the requests that travel on them.
+
+::
+
+    control   requests with small replies, CANCEL, load reports: never behind payload
+    fetch     FETCH, DATA towards us
+    put       PUT, DATA away from us
+
+If one breaks all three are closed and made anew, after a pause that grows from 50 ms to 5 s.
+Nobody waits for that: requests fail at once while a link is down, and the caller goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterable
+
+from kvstore.endpoint import Endpoint
+from kvstore.errors import KVStoreError, RefusedError, TransportError, TransportTimeout
+from kvstore.loadreport import LoadReport
+from kvstore.messages import (
+    Cancel,
+    Channel,
+    Fetch,
+    Goaway,
+    Limits,
+    Message,
+    Namespaces,
+    OpenNamespace,
+    Put,
+    Role,
+    Subscribe,
+    Welcome,
+)
+from kvstore.protocol import ClientProtocol, Reply, hello_message
+from kvstore.transfer import FetchTransfer, PutTransfer
+from kvstore.transport import connect
+from kvstore.transport.connection import FrameConnection
+from kvstore.wire import FrameType
+from kvstore_client.breaker import Backoff, CircuitBreaker
+from kvstore_client.namespaces import Namespace
+
+logger = logging.getLogger(__name__)
+
+# A daemon pushes a report at least every 200 ms; this much silence means that it hangs or
+# that the network does, long before TCP would notice.
+SILENCE_MAX_S = 5.0
+# A request or a put whose memory the peer does not let go of after a cancel: its connection
+# is taken down.
+CANCEL_GRACE_S = 0.2
+
+
+class Channels:
+    """The three connections of a link that is up."""
+
+    def __init__(self, control: FrameConnection, fetch: FrameConnection, put: FrameConnection):
+        self.control = control
+        self.fetch = fetch
+        self.put = put
+
+    def __iter__(self) -> Iterable[FrameConnection]:  # type: ignore[override]
+        return iter((self.control, self.fetch, self.put))
+
+
+class PeerLink:
+    """Keeps the connections to one peer up, on the loop's thread.
+
+    Args:
+        endpoint: Where the peer is.
+        node_id, session, token: How we introduce ourselves.
+        request_ids: Ids that are unique within the session.
+        timeout_s: For connecting, and for requests without payload.
+
+    Attributes:
+        report: The newest load report of the peer, None before the first.
+        up: Whether requests can be sent now.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        endpoint: Endpoint,
+        node_id: str,
+        session: bytes,
+        token: str,
+        request_ids: itertools.count[int],
+        timeout_s: float,
+        on_report: Callable[[LoadReport], None],
+        draws: random.Random,
+    ) -> None:
+        self.endpoint = endpoint
+        self.welcome: Welcome | None = None
+        self.transport = endpoint.scheme
+        self.breaker = CircuitBreaker()
+        self.last_error: Exception = TransportError(f"{endpoint}: not connected yet")
+        self._loop = loop
+        self._node_id = node_id
+        self._session = session
+        self._token = token
+        self._request_ids = request_ids
+        self._timeout_s = timeout_s
+        self._on_report = on_report
+        self._draws = draws
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._refused: dict[bytes, Exception] = {}
+        self._channels: Channels | None = None
+        self._closed = False
+        self._down = asyncio.Event()
+        self._tried = asyncio.Event()
+        self._task = loop.create_task(self._keep_up())
+
+    @property
+    def up(self) -> bool:
+        """Whether requests can be sent now."""
+        return self._channels is not None
+
+    @property
+    def peer(self) -> str:
+        """The peer's node id, or its endpoint before it ever answered."""
+        return self.welcome.node_id if self.welcome else str(self.endpoint)
+
+    @property
+    def limits(self) -> Limits:
+        """What the peer takes at most."""
+        return self.welcome.limits if self.welcome else Limits()
+
+    async def tried(self) -> None:
+        """Wait until the first attempt to connect has succeeded or failed."""
+        await self._tried.wait()
+
+    def allow(self) -> bool:
+        """Whether a request may be sent now: the link is up and its breaker lets it pass."""
+        return self.up and self.breaker.allow(self._loop.time(), self._draws.random())
+
+    async def close(self) -> None:
+        """Take the connections down; requests under way fail."""
+        self._closed = True
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._take_down(TransportError("the client was closed"))
+
+    # --- requests --------------------------------------------------------------------------
+
+    async def open_namespace(self, namespace: Namespace) -> None:
+        """Open a namespace now if the link is up, and whenever it comes up again.
+
+        Raises:
+            RefusedError: The peer says no (another layout, a limit).
+        """
+        self._namespaces[namespace.id] = namespace
+        if self.up:
+            await self._open_namespace(namespace)
+
+    def refusal(self, namespace: Namespace) -> Exception | None:
+        """Why the peer does not serve a namespace; None if it does."""
+        return self._refused.get(namespace.id)
+
+    async def call(
+        self, type: FrameType, message: Message, timeout_s: float | None = None
+    ) -> Message:
+        """A request with one reply, on the control connection.
+
+        Raises:
+            TransportError: The link is down or breaks; TransportTimeout when no reply comes.
+            RefusedError: The peer says no.
+        """
+        if self._channels is None:
+            raise self._unavailable()
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        waiter: asyncio.Future[Reply] = self._loop.create_future()
+
+        def on_reply(reply: Reply) -> None:
+            if not waiter.done():
+                waiter.set_result(reply)
+
+        request_id = next(self._request_ids)
+        _client(self._channels.control).call(request_id, type, message, on_reply)
+        try:
+            async with asyncio.timeout(limit_s):
+                reply = await waiter
+        except TimeoutError:
+            self.failed()
+            raise TransportTimeout(
+                f"{type.name} to {self.peer}: no reply in {limit_s:g} s"
+            ) from None
+        if isinstance(reply, Exception):
+            raise reply
+        self.succeeded()
+        return reply  # type: ignore[return-value]
+
+    def fetch(
+        self, message: Fetch, transfer: FetchTransfer, on_reply: Callable[[Reply], None]
+    ) -> int:
+        """Begin a fetch; the link must be up. Returns the request id."""
+        assert self._channels is not None
+        request_id = next(self._request_ids)
+        _client(self._channels.fetch).fetch(request_id, message, transfer, on_reply)
+        return request_id
+
+    def put(self, message: Put, transfer: PutTransfer, on_reply: Callable[[Reply], None]) -> int:
+        """Begin a put; the link must be up. Returns the request id."""
+        assert self._channels is not None
+        request_id = next(self._request_ids)
+        _client(self._channels.put).put(request_id, message, transfer, on_reply)
+        return request_id
+
+    def cancel_fetch(self, request_id: int) -> None:
+        """Give a fetch up: nothing is written into its memory from now on."""
+        if self._channels is not None:
+            _client(self._channels.fetch).abandon(request_id)
+            self._send_cancel(request_id)
+
+    def cancel_put(self, request_id: int, transfer: PutTransfer) -> None:
+        """Give a put up. Its memory is free when the transfer is idle; a peer that does not
+        take what is half sent has 200 ms, then the link is taken down."""
+        channels = self._channels
+        if channels is None:
+            return
+        _client(channels.put).abandon(request_id)
+        self._send_cancel(request_id)
+        if not transfer.idle:
+            self._loop.call_later(CANCEL_GRACE_S, self._check_idle, channels, transfer)
+
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self.breaker.success(self._loop.time())
+
+    def failed(self) -> None:
+        """A request was not answered."""
+        self.breaker.failure(self._loop.time())
+
+    # --- keeping up ------------------------------------------------------------------------
+
+    async def _keep_up(self) -> None:
+        backoff = Backoff()
+        while not self._closed:
+            try:
+                await self._bring_up()
+                backoff.reset()
+                self._tried.set()
+                await self._watch()
+            except KVStoreError as error:
+                self.last_error = error
+                self.failed()
+                if not self._tried.is_set() or not isinstance(error, TransportError):
+                    logger.warning("%s: %s", self.endpoint, error)
+            except Exception as error:
+                logger.exception("%s: internal error", self.endpoint)
+                self._take_down(TransportError(f"internal error: {error!r}"))
+            self._tried.set()
+            await asyncio.sleep(backoff.next_delay_s(self._draws.random()))
+
+    async def _bring_up(self) -> None:
+        opened: list[FrameConnection] = []
+        self._down.clear()
+        try:
+            for channel in (Channel.CONTROL, Channel.DATA, Channel.DATA):
+                opened.append(await self._open(channel))
+            self._channels = Channels(*opened)
+            for namespace in list(self._namespaces.values()):
+                try:
+                    await self._open_namespace(namespace)
+                except RefusedError as error:
+                    logger.error("%s: %r: %s", self.endpoint, namespace, error)
+            self._subscribe()
+        except BaseException as error:
+            self._channels = None
+            for connection in opened:
+                connection.close(TransportError(f"{self.endpoint}: {error}"))
+            raise
+        logger.info("%s: connected to %s", self.endpoint, self.peer)
+
+    async def _open(self, channel: Channel) -> FrameConnection:
+        stream = await connect(self._loop, self.endpoint, self._timeout_s)
+        welcomed: asyncio.Future[Welcome | Exception] = self._loop.create_future()
+
+        def settle(result: Welcome | Exception) -> None:
+            if not welcomed.done():
+                welcomed.set_result(result)
+
+        def on_closed(reason: Exception) -> None:
+            settle(reason)
+            self._take_down(reason)
+
+        hello = hello_message(self._node_id, Role.CLIENT, self._session, channel, self._token)
+        protocol = ClientProtocol(hello, settle, self._goaway)
+        connection = FrameConnection(self._loop, stream, protocol, on_closed)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                result = await welcomed
+        except BaseException as error:
+            connection.close(TransportError("no WELCOME"))
+            if isinstance(error, TimeoutError):
+                raise TransportTimeout(f"{self.endpoint}: no WELCOME") from None
+            raise
+        if isinstance(result, Exception):
+            raise result
+        self.welcome = result
+        return connection
+
+    async def _open_namespace(self, namespace: Namespace) -> None:
+        self._refused.pop(namespace.id, None)
+        message = OpenNamespace(pool=namespace.pool, layout=namespace.layout)
+        try:
+            reply = await self.call(FrameType.OPEN_NAMESPACE, message)
+        except RefusedError as error:
+            self._refused[namespace.id] = error
+            raise
+        if not isinstance(reply, Namespaces) or reply.namespaces[0].namespace != namespace.id:
+            error = RefusedError(f"{self.peer} computes another namespace id for {namespace!r}")
+            self._refused[namespace.id] = error
+            raise error
+
+    def _subscribe(self) -> None:
+        assert self._channels is not None
+        _client(self._channels.control).subscribe(
+            next(self._request_ids), Subscribe(), lambda reply: None, self._on_report
+        )
+
+    async def _watch(self) -> None:
+        """Return when the link is down; take it down when the peer has fallen silent."""
+        while self._channels is not None:
+            try:
+                async with asyncio.timeout(SILENCE_MAX_S):
+                    await self._down.wait()
+            except TimeoutError:
+                channels = self._channels
+                silent_s = self._loop.time() - channels.control.active_at if channels else 0.0
+                if silent_s > SILENCE_MAX_S:
+                    self._take_down(TransportTimeout(f"{self.peer} is silent for {silent_s:.1f} s"))
+
+    def _goaway(self, goaway: Goaway) -> None:
+        logger.info("%s goes away: %s", self.peer, goaway.reason)
+
+    def _take_down(self, reason: Exception) -> None:
+        channels, self._channels = self._channels, None
+        if channels is None:
+            return
+        self.last_error = reason
+        if not self._closed:
+            logger.warning("lost %s: %s", self.peer, reason)
+            self.failed()
+        self._down.set()
+        for connection in (channels.control, channels.fetch, channels.put):
+            connection.close(reason)
+
+    def _check_idle(self, channels: Channels, transfer: PutTransfer) -> None:
+        if not transfer.idle and self._channels is channels:
+            self._take_down(TransportTimeout(f"{self.peer} does not take a cancelled put"))
+
+    def _send_cancel(self, request_id: int) -> None:
+        if self._channels is not None:
+            _client(self._channels.control).call(
+                next(self._request_ids),
+                FrameType.CANCEL,
+                Cancel(request_id=request_id),
+                lambda reply: None,
+            )
+
+    def _unavailable(self) -> TransportError:
+        return TransportError(f"{self.endpoint} is down: {self.last_error}")
+
+
+def _client(connection: FrameConnection) -> ClientProtocol:
+    protocol = connection.protocol
+    assert isinstance(protocol, ClientProtocol)
+    return protocol

@@ -1,0 +1,1 @@
+"""The ways bytes travel."""

@@ -1,0 +1,112 @@
+"""The path `direct`: storage to here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from kvstore.errors import TransportError
+from kvstore.messages import CorruptReport, Done, Fetch, FetchOutcome
+from kvstore.protocol import Reply
+from kvstore.transfer import FetchTransfer
+from kvstore.wire import FrameType
+from kvstore_client.handles import Run
+from kvstore_client.jobs import FetchJob
+from kvstore_client.link import PeerLink
+from kvstore_client.paths.base import FetchPath
+
+
+class DirectPath(FetchPath):
+    """Asks a daemon, receives into the caller's memory, verifies there."""
+
+    name = "direct"
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    async def fetch(
+        self, link: PeerLink, job: FetchJob, indices: Sequence[int]
+    ) -> Mapping[int, FetchOutcome]:
+        started_at = self._loop.time()
+        failures: dict[int, FetchOutcome] = {}
+        done: asyncio.Future[Reply | None] = self._loop.create_future()
+
+        def on_reply(reply: Reply | None) -> None:
+            if not done.done():
+                done.set_result(reply)
+
+        transfer = FetchTransfer(
+            job.namespace.id,
+            [job.keys[index] for index in indices],
+            job.pieces(len(indices)),
+            [job.memory[index] for index in indices],
+            lambda index, group: job.piece_arrived(indices[index], group),
+            lambda index, outcome: failures.update({indices[index]: FetchOutcome(outcome)}),
+        )
+        left_s = job.deadline_at - started_at
+        message = Fetch(
+            namespace=job.namespace.id,
+            keys=list(transfer.keys),
+            layer_first=job.layers.start,
+            layer_last=job.layers.stop,
+            group_layers=job.group_layers,
+            deadline_ms=max(1, int(left_s * 1e3)),
+        )
+        request_id = link.fetch(message, transfer, on_reply)
+
+        def stop() -> None:
+            link.cancel_fetch(request_id)
+            on_reply(None)
+
+        job.borrow(transfer, stop)
+        try:
+            reply = await done
+        finally:
+            job.finished(transfer)
+            if not done.done():
+                link.cancel_fetch(request_id)
+            # Over a byte stream the peer writes through our own reader, which was diverted.
+            job.let_go()
+        self._account(link, job, transfer, indices, reply, started_at)
+        transfer.fail_rest(FetchOutcome.TIMEOUT if reply is None else FetchOutcome.UNAVAILABLE)
+        return failures
+
+    def _account(
+        self,
+        link: PeerLink,
+        job: FetchJob,
+        transfer: FetchTransfer,
+        indices: Sequence[int],
+        reply: Reply | None,
+        started_at: float,
+    ) -> None:
+        service_us = 0
+        if isinstance(reply, Done):
+            link.succeeded()
+            service_us = reply.service_us
+            for index, tier in zip(indices, reply.tiers, strict=False):
+                job.tiers[index] = tier
+        elif isinstance(reply, Exception):
+            job.add_error(reply)
+            if isinstance(reply, TransportError):
+                link.failed()
+        elif transfer.received_bytes == 0 and self._loop.time() >= job.deadline_at:
+            link.failed()
+        if transfer.corrupt:
+            self._report_corrupt(link, job, [transfer.keys[i] for i in transfer.corrupt])
+        job.add_run(
+            Run(
+                path=self.name,
+                transport=link.transport,
+                peer=link.peer,
+                block_count=len(indices),
+                bytes=transfer.received_bytes,
+                elapsed_us=int((self._loop.time() - started_at) * 1e6),
+                service_us=service_us,
+            ),
+            indices,
+        )
+
+    def _report_corrupt(self, link: PeerLink, job: FetchJob, keys: list[bytes]) -> None:
+        message = CorruptReport(namespace=job.namespace.id, keys=keys)
+        link.tell(FrameType.CORRUPT_REPORT, message)

@@ -1,0 +1,532 @@
+"""The server shell: listeners, sessions, deadlines, drain. What it serves is a `BlockSource`.
+
+One client is one *session* (16 random bytes in HELLO) of several connections: requests and
+reports travel on the control connection, payload on data connections. Leases belong to the
+session; a CANCEL on one connection stops a request on another.
+
+Thread rule: everything runs on one loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from kvstore.blocksource import BlockSource, FetchStream, PutStream
+from kvstore.checksum import CHECKSUM_BYTES
+from kvstore.endpoint import Endpoint
+from kvstore.errors import (
+    ConfigError,
+    Draining,
+    KVStoreError,
+    LimitExceeded,
+    LocalProtocolError,
+    RefusedError,
+    TransportError,
+    TransportTimeout,
+)
+from kvstore.layout import Geometry, PieceMap
+from kvstore.loadreport import LoadReport, NodeState
+from kvstore.messages import (
+    Cancel,
+    CancelReply,
+    CorruptReply,
+    CorruptReport,
+    Delete,
+    DeleteReply,
+    Done,
+    Empty,
+    Fetch,
+    FetchOutcome,
+    Hello,
+    Limits,
+    ListNamespaces,
+    Lookup,
+    LookupReply,
+    Message,
+    Namespaces,
+    OpenNamespace,
+    Pool,
+    Pools,
+    Put,
+    PutDone,
+    PutOutcome,
+    Release,
+    ReleaseReply,
+    Role,
+    Status,
+    Subscribe,
+    Welcome,
+)
+from kvstore.protocol import ServerHooks, ServerProtocol
+from kvstore.reporter import LoadReporter
+from kvstore.transport import Listener, Stream, listen
+from kvstore.transport.connection import FrameConnection
+from kvstore.version import VERSION
+from kvstore.wire import FrameType
+
+logger = logging.getLogger(__name__)
+
+
+class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of a server, each with its reason.
+
+    Attributes:
+        node_id: Stable name of this node in reports, logs and attribution.
+        role: What this node is.
+        connections_max: A client has three connections; 1,024 are 340 GPU nodes. Bounded
+            because each connection may pin a window of blocks.
+        in_flight_bytes_max: Reserved for the puts of one connection: 100 ms at 5 Gbit/s.
+        hello_timeout_s: A connection that has not introduced itself by then is closed.
+        stall_timeout_s: A connection whose peer takes or gives nothing for that long, in the
+            middle of something, is closed.
+        drain_s: How long a graceful stop waits for requests under way.
+        insecure: Allow listeners off loopback although there is no authentication yet.
+    """
+
+    node_id: str
+    role: Role = Role.DAEMON
+    connections_max: int = 1024
+    in_flight_bytes_max: int = 64 * 1024 * 1024
+    hello_timeout_s: float = 5.0
+    stall_timeout_s: float = 30.0
+    drain_s: float = 30.0
+    insecure: bool = False
+
+
+# Ids of requests that were cancelled before they arrived on their own connection.
+EARLY_CANCELS_MAX = 256
+# Connections beyond the limit that are kept until they can be told why they are refused; in
+# a flood, further ones are closed without a word.
+REFUSALS_MAX = 64
+# How often stalled connections are looked for.
+SWEEP_INTERVAL_S = 1.0
+
+
+class Session:
+    """One client: its connections, and the owner of its leases."""
+
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self.connections: set[ServerConnection] = set()
+        self.early_cancels: OrderedDict[int, None] = OrderedDict()
+
+    def cancel(self, request_id: int) -> bool:
+        """Stop a request on whichever connection it runs; remember it if it is yet to come."""
+        for connection in self.connections:
+            if connection.protocol.stop_request(request_id, timed_out=False):
+                return True
+        self.early_cancels[request_id] = None
+        if len(self.early_cancels) > EARLY_CANCELS_MAX:
+            self.early_cancels.popitem(last=False)
+        return False
+
+
+class _Timing:
+    """When a request came and when its first byte went out, in loop time."""
+
+    __slots__ = ("arrived_at", "deadline", "size")
+
+    def __init__(self, arrived_at: float, deadline: asyncio.TimerHandle, size: int) -> None:
+        self.arrived_at = arrived_at
+        self.deadline = deadline
+        self.size = size
+
+
+class ServerConnection(ServerHooks):
+    """One accepted connection: turns requests into calls of the block source."""
+
+    def __init__(self, server: Server, stream: Stream, link: str) -> None:
+        self.server = server
+        self.link = link
+        self.session: Session | None = None
+        self.session_key: tuple[str, bytes] | None = None
+        self.opened_at = server.loop.time()
+        self._timings: dict[int, _Timing] = {}
+        self._subscription: int | None = None
+        self._sent_seen = 0
+        self.protocol = ServerProtocol(self, server.options.in_flight_bytes_max)
+        self.connection = FrameConnection(server.loop, stream, self.protocol, self._closed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are under way or output is queued."""
+        return bool(self.protocol.request_count or self.protocol.writer.queued_bytes)
+
+    # --- ServerHooks -----------------------------------------------------------------------
+
+    def hello(self, hello: Hello, version: int) -> Welcome:
+        server = self.server
+        if server.draining:
+            raise Draining(f"{server.options.node_id} is shutting down")
+        if len(server.connections) > server.options.connections_max:
+            server.counters["connections_refused"] += 1
+            raise LimitExceeded(
+                f"{len(server.connections) - 1} connections are open,"
+                f" the limit is {server.options.connections_max}"
+            )
+        key = (hello.node_id, hello.session)
+        self.session_key = key
+        self.session = server.sessions.setdefault(key, Session(hello.node_id))
+        self.session.connections.add(self)
+        return Welcome(
+            version=version,
+            node_id=server.options.node_id,
+            boot_id=server.boot_id,
+            role=server.options.role,
+            limits=Limits(in_flight_bytes=server.options.in_flight_bytes_max),
+        )
+
+    def request(self, type: FrameType, request_id: int, message: Message) -> None:
+        server = self.server
+        server.counters[f"requests_{type.name.lower()}"] += 1
+        if server.draining and type not in _ALLOWED_WHILE_DRAINING:
+            raise Draining(f"{server.options.node_id} is shutting down")
+        try:
+            _HANDLERS[type](self, request_id, message)
+        except LocalProtocolError as error:
+            # The source calls a wrong request our own mistake; here it is the peer's.
+            server.counters["requests_refused"] += 1
+            raise RefusedError(str(error)) from error
+        except KVStoreError as error:
+            server.counters["requests_refused"] += 1
+            logger.info("%s from %s refused: %s", type.name, self._peer_name(), error)
+            raise
+
+    def fetch_done(self, request_id: int, stream: FetchStream) -> Done:
+        timing = self._end(request_id)
+        outcomes = stream.outcomes()
+        for outcome in FetchOutcome:
+            count = outcomes.count(outcome)
+            if count:
+                self.server.counters[f"fetch_blocks_{outcome.name.lower()}"] += count
+        elapsed_us = int((self.server.loop.time() - timing.arrived_at) * 1e6) if timing else 0
+        return Done(
+            outcomes=outcomes,
+            tiers=stream.tiers(),
+            service_us=max(0, elapsed_us),
+            report=self.server.report(),
+        )
+
+    def put_done(self, request_id: int, stream: PutStream) -> PutDone:
+        self._end(request_id)
+        outcomes = stream.outcomes()
+        for outcome in PutOutcome:
+            count = outcomes.count(outcome)
+            if count:
+                self.server.counters[f"put_blocks_{outcome.name.lower()}"] += count
+        return PutDone(outcomes=outcomes, report=self.server.report())
+
+    # --- requests --------------------------------------------------------------------------
+
+    def _open_namespace(self, request_id: int, message: OpenNamespace) -> None:
+        info = self.server.source.open_namespace(message.pool, message.layout)
+        reply = Namespaces(namespaces=(info,))
+        self.protocol.reply(FrameType.OPEN_NAMESPACE, request_id, reply)
+
+    def _namespaces(self, request_id: int, message: ListNamespaces) -> None:
+        reply = Namespaces(namespaces=tuple(self.server.source.namespaces(message.pool)))
+        self.protocol.reply(FrameType.NAMESPACES, request_id, reply)
+
+    def _pool(self, request_id: int, message: Pool) -> None:
+        reply = Pools(pools=tuple(self.server.source.administer_pool(message)))
+        self.protocol.reply(FrameType.POOL, request_id, reply)
+
+    def _lookup(self, request_id: int, message: Lookup) -> None:
+        bitmap, lease = self.server.source.lookup(
+            message.namespaces, message.keys, message.lease_ms, self.session
+        )
+        reply = LookupReply(bitmap=bitmap, lease=lease)
+        self.protocol.reply(FrameType.LOOKUP, request_id, reply)
+
+    def _fetch(self, request_id: int, message: Fetch) -> None:
+        self.protocol.check_room(request_id)
+        source = self.server.source
+        pieces = PieceMap(
+            Geometry(source.layer_bytes(message.namespace)),
+            len(message.keys),
+            message.layer_first,
+            message.layer_last,
+            message.group_layers,
+        )
+        stream = source.fetch(message.namespace, message.keys, pieces)
+        self._begin(request_id, message.deadline_ms, stream.queued_bytes)
+        self.protocol.add_fetch(request_id, stream, message.priority)
+        self._cancelled_early(request_id)
+
+    def _put(self, request_id: int, message: Put) -> None:
+        self.protocol.check_room(request_id)
+        source = self.server.source
+        layer_bytes = source.layer_bytes(message.namespace)
+        expected = len(message.keys) * len(layer_bytes) * CHECKSUM_BYTES
+        if len(message.checksums) != expected:
+            raise LimitExceeded(
+                f"PUT with {len(message.checksums)} bytes of checksums for {len(message.keys)}"
+                f" blocks of {len(layer_bytes)} layers, expected {expected}"
+            )
+        stream = source.put(message.namespace, message.keys, message.checksums, message.ack)
+        self._begin(request_id, message.deadline_ms, 0)
+        self.protocol.add_put(request_id, stream, sum(layer_bytes))
+        self._cancelled_early(request_id)
+
+    def _delete(self, request_id: int, message: Delete) -> None:
+        deleted = self.server.source.delete(message.namespace, message.keys)
+        self.protocol.reply(FrameType.DELETE, request_id, DeleteReply(deleted=deleted))
+
+    def _release(self, request_id: int, message: Release) -> None:
+        held = self.server.source.release(message.leases, self.session)
+        self.protocol.reply(FrameType.RELEASE, request_id, ReleaseReply(held=tuple(held)))
+
+    def _cancel(self, request_id: int, message: Cancel) -> None:
+        assert self.session is not None
+        found = self.session.cancel(message.request_id)
+        self.protocol.reply(FrameType.CANCEL, request_id, CancelReply(found=found))
+
+    def _corrupt_report(self, request_id: int, message: CorruptReport) -> None:
+        dropped = self.server.source.check(message.namespace, message.keys)
+        logger.warning(
+            "%s reports %d corrupt blocks, %d of ours were bad and are dropped",
+            self._peer_name(),
+            len(message.keys),
+            sum(dropped),
+        )
+        self.protocol.reply(FrameType.CORRUPT_REPORT, request_id, CorruptReply(dropped=dropped))
+
+    def _subscribe(self, request_id: int, message: Subscribe) -> None:
+        if self._subscription is not None:
+            raise LimitExceeded("this connection has a subscription already")
+        self._subscription = request_id
+        self.protocol.reply(FrameType.SUBSCRIBE, request_id, Empty())
+        self.server.reporter.subscribe(self._push_report, message.interval_ms)
+
+    def _status(self, request_id: int, message: Empty) -> None:
+        self.protocol.reply(FrameType.STATUS, request_id, self.server.status())
+
+    def _ping(self, request_id: int, message: Empty) -> None:
+        self.protocol.reply(FrameType.PING, request_id, Empty())
+
+    # --- the rest --------------------------------------------------------------------------
+
+    def _push_report(self, report: LoadReport) -> None:
+        assert self._subscription is not None
+        # A subscriber that reads nothing gets no second report to hold for it.
+        if not self.protocol.writer.queued_bytes:
+            self.protocol.report(self._subscription, report)
+
+    def _begin(self, request_id: int, deadline_ms: int, size_bytes: int) -> None:
+        deadline = self.server.loop.call_later(deadline_ms / 1e3, self._deadline, request_id)
+        self._timings[request_id] = _Timing(self.server.loop.time(), deadline, size_bytes)
+        self.server.reporter.touch()
+
+    def _end(self, request_id: int) -> _Timing | None:
+        timing = self._timings.pop(request_id, None)
+        if timing is not None:
+            timing.deadline.cancel()
+        self.server.reporter.touch()
+        return timing
+
+    def _deadline(self, request_id: int) -> None:
+        self.server.counters["requests_timed_out"] += 1
+        self.protocol.stop_request(request_id)
+
+    def _cancelled_early(self, request_id: int) -> None:
+        assert self.session is not None
+        if request_id in self.session.early_cancels:
+            del self.session.early_cancels[request_id]
+            self.protocol.stop_request(request_id, timed_out=False)
+
+    def sweep(self, now: float) -> None:
+        """Close the connection if its peer has left it hanging."""
+        options = self.server.options
+        if self.session is None and now - self.opened_at > options.hello_timeout_s:
+            self.connection.close(TransportTimeout("no HELLO"))
+        elif now - self.connection.active_at > options.stall_timeout_s and (
+            self.protocol.writer.queued_bytes or self.protocol.reader.mid_frame
+        ):
+            self.server.counters["connections_stalled"] += 1
+            self.connection.close(TransportTimeout(f"{self._peer_name()} has stalled"))
+
+    def take_sent_bytes(self) -> int:
+        """Bytes sent since the last call."""
+        total = self.protocol.writer.sent_total
+        sent, self._sent_seen = total - self._sent_seen, total
+        return sent
+
+    def _peer_name(self) -> str:
+        node = self.session.node_id if self.session else "?"
+        return f"{node} ({self.connection.stream.peer})"
+
+    def _closed(self, reason: Exception) -> None:
+        server = self.server
+        for timing in self._timings.values():
+            timing.deadline.cancel()
+        self._timings.clear()
+        if self._subscription is not None:
+            server.reporter.unsubscribe(self._push_report)
+        server.connections.discard(self)
+        server.counters["connections_closed"] += 1
+        if isinstance(reason, TransportError):
+            logger.debug("%s: %s", self._peer_name(), reason)
+        else:
+            server.counters["connections_broken"] += 1
+            logger.warning("connection of %s dropped: %s", self._peer_name(), reason)
+        if self.session is not None and self.session_key is not None:
+            self.session.connections.discard(self)
+            if not self.session.connections:
+                server.sessions.pop(self.session_key, None)
+                server.source.owner_gone(self.session)
+        server.reporter.touch()
+
+
+_ALLOWED_WHILE_DRAINING = frozenset(
+    {FrameType.CANCEL, FrameType.RELEASE, FrameType.STATUS, FrameType.PING, FrameType.SUBSCRIBE}
+)
+_HANDLERS: dict[FrameType, Callable[[ServerConnection, int, Any], None]] = {
+    FrameType.OPEN_NAMESPACE: ServerConnection._open_namespace,
+    FrameType.NAMESPACES: ServerConnection._namespaces,
+    FrameType.POOL: ServerConnection._pool,
+    FrameType.LOOKUP: ServerConnection._lookup,
+    FrameType.FETCH: ServerConnection._fetch,
+    FrameType.PUT: ServerConnection._put,
+    FrameType.DELETE: ServerConnection._delete,
+    FrameType.RELEASE: ServerConnection._release,
+    FrameType.CANCEL: ServerConnection._cancel,
+    FrameType.CORRUPT_REPORT: ServerConnection._corrupt_report,
+    FrameType.SUBSCRIBE: ServerConnection._subscribe,
+    FrameType.STATUS: ServerConnection._status,
+    FrameType.PING: ServerConnection._ping,
+}
+
+
+class Server:
+    """Puts a block source on the network.
+
+    Args:
+        source: What is served; called on the loop's thread only.
+        endpoints: Where to listen.
+        options: Names and limits.
+
+    Attributes:
+        endpoints: Where it really listens, once started (ports that the system chose).
+        counters: Everything it has counted, by name.
+    """
+
+    def __init__(
+        self, source: BlockSource, endpoints: Sequence[Endpoint], options: ServerOptions
+    ) -> None:
+        for endpoint in endpoints:
+            if not (endpoint.is_loopback or options.insecure):
+                raise ConfigError(
+                    "--listen",
+                    endpoint,
+                    "is reachable by other hosts and there is no authentication; bind to"
+                    " 127.0.0.1 or a unix socket, or allow it with --insecure",
+                )
+        self.source = source
+        self.options = options
+        self.boot_id = os.urandom(16)
+        self.counters: Counter[str] = Counter()
+        self.connections: set[ServerConnection] = set()
+        self.sessions: dict[tuple[str, bytes], Session] = {}
+        self.draining = False
+        self.endpoints: list[Endpoint] = list(endpoints)
+        self.loop: asyncio.AbstractEventLoop
+        self.reporter: LoadReporter
+        self._listeners: list[Listener] = []
+        self._started_at = 0.0
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Bind and begin to serve.
+
+        Raises:
+            TransportError: An address is taken or not ours; nothing stays bound.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._started_at = time.monotonic()
+        self.reporter = LoadReporter(self)
+        try:
+            for endpoint in self.endpoints:
+                self._listeners.append(listen(endpoint))
+        except BaseException:
+            for listener in self._listeners:
+                listener.close()
+            self._listeners.clear()
+            raise
+        self.endpoints = [listener.endpoint for listener in self._listeners]
+        for listener in self._listeners:
+            name = str(listener.endpoint)
+            listener.start(self.loop, lambda stream, name=name: self._accept(stream, name))  # type: ignore[misc]
+        self._sweep = self.loop.call_later(SWEEP_INTERVAL_S, self._sweep_connections)
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Stop gracefully: no new connections or requests, those under way finish.
+
+        Args:
+            drain_s: Bound of the wait; default as in the options, 0 stops at once.
+        """
+        limit_s = self.options.drain_s if drain_s is None else drain_s
+        self.draining = True
+        for listener in self._listeners:
+            listener.close()
+        self.reporter.touch()
+        for connection in list(self.connections):
+            if connection.session is not None:
+                connection.protocol.goaway("shutting down")
+        deadline = self.loop.time() + limit_s
+        while any(c.busy for c in self.connections) and self.loop.time() < deadline:
+            await asyncio.sleep(0.01)
+        if self._sweep is not None:
+            self._sweep.cancel()
+        self.reporter.close()
+        for connection in list(self.connections):
+            connection.connection.close(TransportError("the server has stopped"))
+
+    def status(self) -> Status:
+        """What an operator sees of this node."""
+        return Status(
+            node_id=self.options.node_id,
+            version=VERSION,
+            role=self.options.role,
+            uptime_s=time.monotonic() - self._started_at,
+            report=self.report(),
+            counters={
+                **self.counters,
+                **self.source.counters(),
+                "connections": len(self.connections),
+                "sessions": len(self.sessions),
+            },
+        )
+
+    @property
+    def state(self) -> NodeState:
+        """What this node says of itself."""
+        return NodeState.DRAINING if self.draining else NodeState.READY
+
+    def report(self) -> LoadReport:
+        """A new load report."""
+        return self.reporter.make()
+
+    def _accept(self, stream: Stream, link: str) -> None:
+        if len(self.connections) >= self.options.connections_max + REFUSALS_MAX:
+            self.counters["connections_refused"] += 1
+            stream.close()
+            return
+        self.counters["connections_accepted"] += 1
+        self.connections.add(ServerConnection(self, stream, link))
+
+    def _sweep_connections(self) -> None:
+        now = self.loop.time()
+        for connection in list(self.connections):
+            connection.sweep(now)
+        self._sweep = self.loop.call_later(SWEEP_INTERVAL_S, self._sweep_connections)
+
+
+__all__ = ["Server", "ServerConnection", "ServerOptions", "Session"]
