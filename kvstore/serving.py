@@ -370,6 +370,7 @@ class ServerConnection(ServerHooks):
         self._timings.clear()
         if self._subscription is not None:
             server.reporter.unsubscribe(self._push_report)
+        server.reporter.account(self)
         server.connections.discard(self)
         server.counters["connections_closed"] += 1
         if isinstance(reason, TransportError):
@@ -476,12 +477,13 @@ class Server:
         self.draining = True
         for listener in self._listeners:
             listener.close()
-        self.reporter.touch()
+        self.reporter.state_changed()
         for connection in list(self.connections):
             if connection.session is not None:
                 connection.protocol.goaway("shutting down")
         deadline = self.loop.time() + limit_s
-        while any(c.busy for c in self.connections) and self.loop.time() < deadline:
+        # Polled once in the life of a process; an event would cost each request something.
+        while any(c.busy for c in self.connections) and self.loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         if self._sweep is not None:
             self._sweep.cancel()

@@ -15,13 +15,14 @@ from kvstore.blocksource import Chunk
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
 from kvstore.errors import LocalProtocolError, RemoteProtocolError
 from kvstore.layout import Geometry, PieceMap
-from kvstore.messages import Done, FetchOutcome, PutOutcome, Want
+from kvstore.messages import Done, FetchOutcome, PutOutcome, Tier, Want
 from kvstore.wire import PAYLOAD_BYTES_MAX, Header
 
 #: Value of an outcome that is not known yet.
 PENDING = 255
 _FETCH_OUTCOMES = frozenset(map(int, FetchOutcome))
 _PUT_OUTCOMES = frozenset(map(int, PutOutcome))
+_TIERS = frozenset(map(int, Tier))
 
 # The memory of one block: one contiguous buffer of the asked-for layers, or one buffer for
 # each of those layers (engines scatter them).
@@ -36,10 +37,10 @@ def as_memory(buffer: object, what: str, size_bytes: int, writable: bool) -> mem
     """
     try:
         view = memoryview(buffer)  # type: ignore[arg-type]
-    except TypeError as error:
+    except (TypeError, ValueError, BufferError) as error:
         raise LocalProtocolError(
-            f"{what}: {type(buffer).__name__} has no buffer interface; a torch tensor on the"
-            " CPU has one as tensor.view(torch.uint8).numpy()"
+            f"{what}: {type(buffer).__name__} offers no buffer ({error}); a torch tensor on"
+            " the CPU does as tensor.view(torch.uint8).numpy()"
         ) from error
     if not view.c_contiguous:
         raise LocalProtocolError(f"{what}: the buffer is not contiguous")
@@ -47,7 +48,13 @@ def as_memory(buffer: object, what: str, size_bytes: int, writable: bool) -> mem
         raise LocalProtocolError(f"{what}: the buffer is read-only")
     if view.nbytes != size_bytes:
         raise LocalProtocolError(f"{what}: {view.nbytes} bytes, expected {size_bytes}")
-    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+    try:
+        return view if view.format == "B" and view.ndim == 1 else view.cast("B")
+    except (TypeError, ValueError) as error:
+        raise LocalProtocolError(
+            f"{what}: items of format {view.format!r} are unknown here; an array has the"
+            " same bytes as array.view('u1')"
+        ) from error
 
 
 def slice_memory(
@@ -205,6 +212,10 @@ class FetchTransfer:
             raise RemoteProtocolError(
                 f"DONE with {len(done.outcomes)} outcomes for {len(self.keys)} keys"
             )
+        if len(done.tiers) not in (0, len(self.keys)) or not _TIERS.issuperset(done.tiers):
+            raise RemoteProtocolError(
+                f"DONE with {len(done.tiers)} tiers for {len(self.keys)} keys"
+            )
         for index, outcome in enumerate(done.outcomes):
             if self.outcomes[index] == PENDING:
                 if outcome == FetchOutcome.HIT and not self._abandoned:
@@ -267,6 +278,8 @@ class PutTransfer:
     def __init__(self, geometry: Geometry, memory: Sequence[BlockMemory]) -> None:
         self.outcomes = bytearray([PENDING]) * len(memory)
         self.sent_bytes = 0
+        #: Called whenever the last chunk that was out has been released.
+        self.on_idle: Callable[[], None] = lambda: None
         self._geometry = geometry
         self._memory = memory
         self._wanted: list[int] = []
@@ -296,7 +309,8 @@ class PutTransfer:
             if not 0 <= index < len(self._memory) or index in self._asked:
                 raise RemoteProtocolError(f"WANT for block {index} of {len(self._memory)}")
             self._asked.add(index)
-            self._wanted.append(index)
+        if not self._stopped:
+            self._wanted += want.indices
 
     def stop(self) -> None:
         """Give out no more chunks."""
@@ -350,6 +364,8 @@ class PutTransfer:
 
     def _released(self) -> None:
         self._out_count -= 1
+        if not self._out_count:
+            self.on_idle()
 
 
 def check_memory(

@@ -15,6 +15,22 @@ from kvstore.transfer import PENDING, BlockMemory
 from kvstore_client.handles import FetchHandle, FetchResult, PutHandle, PutResult, Run
 from kvstore_client.namespaces import Namespace
 
+# From the best to the worst, when two daemons were asked.
+_PUT_RANKS = {
+    outcome: rank
+    for rank, outcome in enumerate(
+        (
+            PutOutcome.STORED,
+            PutOutcome.EXISTS,
+            PutOutcome.CONFLICT,
+            PutOutcome.FULL,
+            PutOutcome.CORRUPT,
+            PutOutcome.TIMEOUT,
+            PutOutcome.UNAVAILABLE,
+        )
+    )
+}
+
 
 class Job:
     """What fetches and puts have in common.
@@ -156,6 +172,11 @@ class FetchJob(Job):
             self._waiting[group] -= 1
         self._publish()
 
+    def fail_all(self) -> None:
+        """Everything that is not known yet could not be asked for."""
+        for index in self.pending():
+            self.block_failed(index, FetchOutcome.UNAVAILABLE)
+
     def end(self, outcome: FetchOutcome, now: float) -> None:
         """Everything that is not known yet ends with `outcome`; the handle ends."""
         if self.ended:
@@ -207,6 +228,19 @@ class PutJob(Job):
         super().__init__(namespace, keys, started_at, deadline_at)
         self.memory = memory
         self.handle: PutHandle
+
+    def block_done(self, index: int, outcome: PutOutcome) -> None:
+        """A peer has decided on a block; of two peers the better outcome counts."""
+        known = self.outcomes[index]
+        if not self.ended and (
+            known == PENDING or _PUT_RANKS[outcome] < _PUT_RANKS[PutOutcome(known)]
+        ):
+            self.outcomes[index] = outcome
+
+    def fail_all(self) -> None:
+        """Everything that is not known yet could not be asked for."""
+        for index in self.pending():
+            self.outcomes[index] = PutOutcome.UNAVAILABLE
 
     def end(self, outcome: PutOutcome, now: float) -> None:
         """Everything that is not known yet ends with `outcome`; the handle ends."""

@@ -17,12 +17,14 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
 from kvstore.endpoint import Endpoint
 from kvstore.errors import KVStoreError, RefusedError, TransportError, TransportTimeout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import (
+    KEYS_PER_REQUEST_MAX,
     Cancel,
     Channel,
     Fetch,
@@ -52,18 +54,19 @@ SILENCE_MAX_S = 5.0
 # A request or a put whose memory the peer does not let go of after a cancel: its connection
 # is taken down.
 CANCEL_GRACE_S = 0.2
+# Requests of each kind that are sent and not answered; more wait their turn here, because a
+# server refuses what comes beyond its own limit of 256 a connection.
+FETCHES_MAX = 128
+# Fewer puts: the checksums of all that are begun at once are made in one turn of the loop.
+PUTS_MAX = 16
 
 
-class Channels:
+class Channels(NamedTuple):
     """The three connections of a link that is up."""
 
-    def __init__(self, control: FrameConnection, fetch: FrameConnection, put: FrameConnection):
-        self.control = control
-        self.fetch = fetch
-        self.put = put
-
-    def __iter__(self) -> Iterable[FrameConnection]:  # type: ignore[override]
-        return iter((self.control, self.fetch, self.put))
+    control: FrameConnection
+    fetch: FrameConnection
+    put: FrameConnection
 
 
 class PeerLink:
@@ -76,8 +79,7 @@ class PeerLink:
         timeout_s: For connecting, and for requests without payload.
 
     Attributes:
-        report: The newest load report of the peer, None before the first.
-        up: Whether requests can be sent now.
+        fetch_slots, put_slots: To be held around `fetch` and `put`.
     """
 
     def __init__(
@@ -108,7 +110,10 @@ class PeerLink:
         self._namespaces: dict[bytes, Namespace] = {}
         self._refused: dict[bytes, Exception] = {}
         self._channels: Channels | None = None
+        self.fetch_slots = asyncio.Semaphore(FETCHES_MAX)
+        self.put_slots = asyncio.Semaphore(PUTS_MAX)
         self._closed = False
+        self._going_away = False
         self._down = asyncio.Event()
         self._tried = asyncio.Event()
         self._task = loop.create_task(self._keep_up())
@@ -128,13 +133,21 @@ class PeerLink:
         """What the peer takes at most."""
         return self.welcome.limits if self.welcome else Limits()
 
+    @property
+    def keys_max(self) -> int:
+        """Keys in one request, by the limits of both sides."""
+        return max(1, min(self.limits.keys_per_request, KEYS_PER_REQUEST_MAX))
+
     async def tried(self) -> None:
         """Wait until the first attempt to connect has succeeded or failed."""
         await self._tried.wait()
 
     def allow(self) -> bool:
-        """Whether a request may be sent now: the link is up and its breaker lets it pass."""
-        return self.up and self.breaker.allow(self._loop.time(), self._draws.random())
+        """Whether a request may be sent now: the link is up, its peer is not shutting down,
+        and the breaker lets it pass. Who gets True reports the outcome."""
+        if self._channels is None or self._going_away:
+            return False
+        return self.breaker.allow(self._loop.time(), self._draws.random())
 
     async def close(self) -> None:
         """Take the connections down; requests under way fail."""
@@ -160,6 +173,14 @@ class PeerLink:
         """Why the peer does not serve a namespace; None if it does."""
         return self._refused.get(namespace.id)
 
+    def unavailable(self) -> TransportError:
+        """Why nothing can be sent now."""
+        if self._going_away:
+            return TransportError(f"{self.peer} is shutting down")
+        if self.up:
+            return TransportError(f"{self.peer} is left alone: {self.breaker.state}")
+        return TransportError(f"{self.endpoint} is down: {self.last_error}")
+
     async def call(
         self, type: FrameType, message: Message, timeout_s: float | None = None
     ) -> Message:
@@ -170,7 +191,7 @@ class PeerLink:
             RefusedError: The peer says no.
         """
         if self._channels is None:
-            raise self._unavailable()
+            raise self.unavailable()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         waiter: asyncio.Future[Reply] = self._loop.create_future()
 
@@ -192,6 +213,13 @@ class PeerLink:
             raise reply
         self.succeeded()
         return reply  # type: ignore[return-value]
+
+    def tell(self, type: FrameType, message: Message) -> None:
+        """A request whose reply nobody waits for; nothing happens while the link is down."""
+        if self._channels is not None:
+            _client(self._channels.control).call(
+                next(self._request_ids), type, message, lambda reply: None
+            )
 
     def fetch(
         self, message: Fetch, transfer: FetchTransfer, on_reply: Callable[[Reply], None]
@@ -225,6 +253,10 @@ class PeerLink:
         self._send_cancel(request_id)
         if not transfer.idle:
             self._loop.call_later(CANCEL_GRACE_S, self._check_idle, channels, transfer)
+
+    def take_report(self, report: LoadReport) -> None:
+        """A reply brought a load report along."""
+        self._on_report(report)
 
     def succeeded(self) -> None:
         """A request was answered."""
@@ -261,6 +293,9 @@ class PeerLink:
         try:
             for channel in (Channel.CONTROL, Channel.DATA, Channel.DATA):
                 opened.append(await self._open(channel))
+            if any(connection.closed for connection in opened):
+                raise TransportError(f"{self.endpoint}: closed a connection at once")
+            self._going_away = False
             self._channels = Channels(*opened)
             for namespace in list(self._namespaces.values()):
                 try:
@@ -312,9 +347,9 @@ class PeerLink:
             self._refused[namespace.id] = error
             raise
         if not isinstance(reply, Namespaces) or reply.namespaces[0].namespace != namespace.id:
-            error = RefusedError(f"{self.peer} computes another namespace id for {namespace!r}")
-            self._refused[namespace.id] = error
-            raise error
+            refusal = RefusedError(f"{self.peer} computes another namespace id for {namespace!r}")
+            self._refused[namespace.id] = refusal
+            raise refusal
 
     def _subscribe(self) -> None:
         assert self._channels is not None
@@ -335,7 +370,9 @@ class PeerLink:
                     self._take_down(TransportTimeout(f"{self.peer} is silent for {silent_s:.1f} s"))
 
     def _goaway(self, goaway: Goaway) -> None:
-        logger.info("%s goes away: %s", self.peer, goaway.reason)
+        if not self._going_away:
+            logger.info("%s goes away: %s", self.peer, goaway.reason)
+        self._going_away = True
 
     def _take_down(self, reason: Exception) -> None:
         channels, self._channels = self._channels, None
@@ -354,16 +391,7 @@ class PeerLink:
             self._take_down(TransportTimeout(f"{self.peer} does not take a cancelled put"))
 
     def _send_cancel(self, request_id: int) -> None:
-        if self._channels is not None:
-            _client(self._channels.control).call(
-                next(self._request_ids),
-                FrameType.CANCEL,
-                Cancel(request_id=request_id),
-                lambda reply: None,
-            )
-
-    def _unavailable(self) -> TransportError:
-        return TransportError(f"{self.endpoint} is down: {self.last_error}")
+        self.tell(FrameType.CANCEL, Cancel(request_id=request_id))
 
 
 def _client(connection: FrameConnection) -> ClientProtocol:

@@ -7,7 +7,7 @@ tried; it never raises for what a peer, a disk or a network did.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from kvstore.messages import FetchOutcome
 from kvstore_client.jobs import FetchJob
@@ -22,16 +22,18 @@ class FetchPath(abc.ABC):
 
     @abc.abstractmethod
     async def fetch(
-        self, link: PeerLink, job: FetchJob, indices: Sequence[int]
-    ) -> Mapping[int, FetchOutcome]:
-        """Fetch some blocks of a job from one peer.
+        self,
+        link: PeerLink,
+        job: FetchJob,
+        indices: Sequence[int],
+        on_failed: Callable[[int, FetchOutcome], None],
+    ) -> None:
+        """Fetch some blocks of a job from one peer; return when the request has ended.
 
         Pieces that arrive and verify are reported to the job at once.
 
         Args:
             indices: Which blocks; not more than the peer takes in one request.
-
-        Returns:
-            The outcome of every block that is no hit. Whether it is final is the caller's
-            decision.
+            on_failed: Called with the outcome of every block that is no hit, once, as soon
+                as it is known. Whether it is final is the caller's decision.
         """

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from kvstore.errors import TransportError
+from kvstore.errors import RefusedError
 from kvstore.messages import CorruptReport, Done, Fetch, FetchOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import FetchTransfer
@@ -25,51 +25,52 @@ class DirectPath(FetchPath):
         self._loop = loop
 
     async def fetch(
-        self, link: PeerLink, job: FetchJob, indices: Sequence[int]
-    ) -> Mapping[int, FetchOutcome]:
+        self,
+        link: PeerLink,
+        job: FetchJob,
+        indices: Sequence[int],
+        on_failed: Callable[[int, FetchOutcome], None],
+    ) -> None:
         started_at = self._loop.time()
-        failures: dict[int, FetchOutcome] = {}
-        done: asyncio.Future[Reply | None] = self._loop.create_future()
-
-        def on_reply(reply: Reply | None) -> None:
-            if not done.done():
-                done.set_result(reply)
-
+        done: asyncio.Future[None] = self._loop.create_future()
         transfer = FetchTransfer(
             job.namespace.id,
             [job.keys[index] for index in indices],
             job.pieces(len(indices)),
             [job.memory[index] for index in indices],
             lambda index, group: job.piece_arrived(indices[index], group),
-            lambda index, outcome: failures.update({indices[index]: FetchOutcome(outcome)}),
+            lambda index, outcome: on_failed(indices[index], FetchOutcome(outcome)),
         )
-        left_s = job.deadline_at - started_at
+
+        def settle(reply: Reply | None) -> None:
+            if not done.done():
+                done.set_result(None)
+                self._account(link, job, transfer, indices, reply, started_at)
+                if reply is not None:  # else the job has ended and knows best
+                    transfer.fail_rest(FetchOutcome.UNAVAILABLE)
+
+        def stop() -> None:
+            link.cancel_fetch(request_id)
+            settle(None)
+
         message = Fetch(
             namespace=job.namespace.id,
             keys=list(transfer.keys),
             layer_first=job.layers.start,
             layer_last=job.layers.stop,
             group_layers=job.group_layers,
-            deadline_ms=max(1, int(left_s * 1e3)),
+            deadline_ms=max(1, int((job.deadline_at - started_at) * 1e3)),
         )
-        request_id = link.fetch(message, transfer, on_reply)
-
-        def stop() -> None:
-            link.cancel_fetch(request_id)
-            on_reply(None)
-
+        request_id = link.fetch(message, transfer, settle)
         job.borrow(transfer, stop)
         try:
-            reply = await done
+            await done
         finally:
-            job.finished(transfer)
-            if not done.done():
+            if not done.done() or done.cancelled():
                 link.cancel_fetch(request_id)
+            job.finished(transfer)
             # Over a byte stream the peer writes through our own reader, which was diverted.
             job.let_go()
-        self._account(link, job, transfer, indices, reply, started_at)
-        transfer.fail_rest(FetchOutcome.TIMEOUT if reply is None else FetchOutcome.UNAVAILABLE)
-        return failures
 
     def _account(
         self,
@@ -86,14 +87,19 @@ class DirectPath(FetchPath):
             service_us = reply.service_us
             for index, tier in zip(indices, reply.tiers, strict=False):
                 job.tiers[index] = tier
+            if reply.report is not None:
+                link.take_report(reply.report)
         elif isinstance(reply, Exception):
             job.add_error(reply)
-            if isinstance(reply, TransportError):
-                link.failed()
+            if isinstance(reply, RefusedError):
+                link.succeeded()  # it answered
+            # A TransportError took the link down, which counts as a failure already.
         elif transfer.received_bytes == 0 and self._loop.time() >= job.deadline_at:
             link.failed()
         if transfer.corrupt:
-            self._report_corrupt(link, job, [transfer.keys[i] for i in transfer.corrupt])
+            keys = [transfer.keys[index] for index in transfer.corrupt]
+            report = CorruptReport(namespace=job.namespace.id, keys=keys)
+            link.tell(FrameType.CORRUPT_REPORT, report)
         job.add_run(
             Run(
                 path=self.name,
@@ -106,7 +112,3 @@ class DirectPath(FetchPath):
             ),
             indices,
         )
-
-    def _report_corrupt(self, link: PeerLink, job: FetchJob, keys: list[bytes]) -> None:
-        message = CorruptReport(namespace=job.namespace.id, keys=keys)
-        link.tell(FrameType.CORRUPT_REPORT, message)

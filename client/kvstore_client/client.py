@@ -1,0 +1,233 @@
+"""The client of programs with threads: one loop in the background, calls from any thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import uvloop
+
+from kvstore.errors import KVStoreError, LocalProtocolError
+from kvstore.layout import Layout
+from kvstore.loadreport import LoadReport
+from kvstore.messages import AckLevel, FetchOutcome, PutOutcome, Status
+from kvstore_client.aio import DEADLINE_S, AsyncClient
+from kvstore_client.arguments import check_chain, check_deadline, fetch_job, put_job
+from kvstore_client.handles import FetchHandle, Lease, LookupResult, PutHandle
+from kvstore_client.namespaces import Namespace
+
+ResultT = TypeVar("ResultT")
+
+
+class Client:
+    """Blocks of KV-cache at one or many daemons, for engines with threads.
+
+    `fetch` and `put` only enqueue; of what they return only `result`, `wait_layer` and
+    `wait_quiet` block. The other methods block until their answer is there.
+
+    Thread rule: any thread but the client's own, at any time between `start` and `close`.
+
+    Args, keys, buffers and errors are those of `AsyncClient`.
+
+    ::
+
+        with Client("tcp://127.0.0.1:7450") as client:
+            namespace = client.open_namespace("llama3-70b", layout)
+            hits = client.lookup(namespace, keys).prefix
+            result = client.fetch(namespace, keys[:hits], buffers).result()
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Sequence[str],
+        *,
+        node_id: str = "",
+        token: str = "",
+        deadline_s: float = DEADLINE_S,
+        connect_timeout_s: float = 1.0,
+        copies: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        self._client = AsyncClient(
+            endpoints,
+            node_id=node_id,
+            token=token,
+            deadline_s=deadline_s,
+            connect_timeout_s=connect_timeout_s,
+            copies=copies,
+            seed=seed,
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the background loop and connect."""
+        if self._thread is not None:
+            raise LocalProtocolError("this client was started before")
+        self._loop = uvloop.new_event_loop()
+        # A daemon thread: an engine that forgets to close can still exit.
+        self._thread = threading.Thread(
+            target=self._run, args=(self._loop,), name="kvstore-client", daemon=True
+        )
+        self._thread.start()
+        self._wait(self._client.start())
+
+    def close(self) -> None:
+        """Disconnect; what is under way ends as UNAVAILABLE. Harmless when called again."""
+        loop, self._loop = self._loop, None
+        if loop is None or self._thread is None:
+            return
+        asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        self._thread.join()
+
+    def __enter__(self) -> Client:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def endpoints(self) -> list[str]:
+        """Normal forms of the endpoints."""
+        return self._client.endpoints
+
+    def open_namespace(self, pool: str, layout: Layout) -> Namespace:
+        """See `AsyncClient.open_namespace`."""
+        return self._wait(self._client.open_namespace(pool, layout))
+
+    def lookup(
+        self,
+        namespaces: Namespace | Sequence[Namespace],
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+        lease_s: float = 0.0,
+        deadline_s: float = 1.0,
+    ) -> LookupResult:
+        """See `AsyncClient.lookup`."""
+        return self._wait(
+            self._client.lookup(
+                namespaces,
+                keys,
+                first=first,
+                chain=chain,
+                lease_s=lease_s,
+                deadline_s=deadline_s,
+            )
+        )
+
+    def fetch(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        into: object,
+        *,
+        first: int = 0,
+        chain: bool = True,
+        layers: range | None = None,
+        order: str = "block",
+        group_layers: int = 1,
+        deadline_s: float | None = None,
+    ) -> FetchHandle:
+        """See `AsyncClient.fetch`."""
+        loop = self._running()
+        deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        wanted = check_chain(keys, first)
+        job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
+        handle = FetchHandle(
+            deadline,
+            lambda: self._soon(lambda: job.end(FetchOutcome.UNAVAILABLE, loop.time())),
+            len(job.layers),
+        )
+        job.handle = handle
+        self._soon(lambda: self._client.cluster.begin_fetch(job, keys, first, chain))
+        return handle
+
+    def put(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        blocks: object,
+        *,
+        first: int = 0,
+        chain: bool = True,
+        ack: str = AckLevel.MEMORY,
+        deadline_s: float | None = None,
+    ) -> PutHandle:
+        """See `AsyncClient.put`."""
+        loop = self._running()
+        deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        wanted = check_chain(keys, first)
+        level = AckLevel(ack)
+        job = put_job(namespace, wanted, blocks, loop.time(), deadline)
+        handle = PutHandle(
+            deadline, lambda: self._soon(lambda: job.end(PutOutcome.UNAVAILABLE, loop.time()))
+        )
+        job.handle = handle
+        self._soon(lambda: self._client.cluster.begin_put(job, keys, first, chain, level))
+        return handle
+
+    def release(self, leases: Sequence[Lease]) -> int:
+        """See `AsyncClient.release`."""
+        return self._wait(self._client.release(leases))
+
+    def delete(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+    ) -> list[bool]:
+        """See `AsyncClient.delete`."""
+        return self._wait(self._client.delete(namespace, keys, first=first, chain=chain))
+
+    def status(self) -> dict[str, Status | KVStoreError]:
+        """See `AsyncClient.status`."""
+        return self._wait(self._client.status())
+
+    def report(self, node_id: str) -> LoadReport | None:
+        """See `AsyncClient.report`."""
+        return self._client.report(node_id)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise LocalProtocolError("this client is not started, or was closed")
+        if threading.current_thread() is self._thread:
+            raise LocalProtocolError(
+                "called on the client's own thread, which would wait for itself"
+            )
+        return self._loop
+
+    def _soon(self, call: Callable[[], None]) -> None:
+        loop = self._loop
+        if loop is not None:  # else closed: everything has ended
+            loop.call_soon_threadsafe(call)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+        try:
+            loop = self._running()
+        except LocalProtocolError:
+            coroutine.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+    @staticmethod
+    def _run(loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_forever()
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
