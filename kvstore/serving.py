@@ -35,6 +35,7 @@ from kvstore.errors import (
 from kvstore.layout import Geometry, PieceMap
 from kvstore.loadreport import LoadReport, NodeState
 from kvstore.messages import (
+    LOOKUP_PROBES_MAX,
     Cancel,
     CancelReply,
     CorruptReply,
@@ -240,6 +241,12 @@ class ServerConnection(ServerHooks):
         self.protocol.reply(FrameType.POOL, request_id, reply)
 
     def _lookup(self, request_id: int, message: Lookup) -> None:
+        probes = len(message.keys) * len(message.namespaces)
+        if probes > LOOKUP_PROBES_MAX:
+            raise LimitExceeded(
+                f"LOOKUP of {len(message.keys)} keys in {len(message.namespaces)} namespaces:"
+                f" their product is {probes}, the limit is {LOOKUP_PROBES_MAX}"
+            )
         bitmap, lease = self.server.source.lookup(
             message.namespaces, message.keys, message.lease_ms, self.session
         )

@@ -8,10 +8,16 @@ import platform
 from collections.abc import Sequence
 from types import TracebackType
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
-from kvstore.messages import AckLevel, FetchOutcome, PutOutcome, Status
+from kvstore.messages import (
+    NAMESPACES_PER_LOOKUP_MAX,
+    AckLevel,
+    FetchOutcome,
+    PutOutcome,
+    Status,
+)
 from kvstore_client.arguments import (
     check_chain,
     check_deadline,
@@ -144,6 +150,10 @@ class AsyncClient:
             deadline_s: When to do without an answer.
         """
         wanted = [namespaces] if isinstance(namespaces, Namespace) else list(namespaces)
+        if not 1 <= len(wanted) <= NAMESPACES_PER_LOOKUP_MAX:
+            raise LocalProtocolError(
+                f"{len(wanted)} namespaces: must be 1 to {NAMESPACES_PER_LOOKUP_MAX}"
+            )
         check_chain(keys, first)
         lease_ms = check_lease(lease_s)
         timeout_s = check_deadline(deadline_s)

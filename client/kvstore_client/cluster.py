@@ -24,6 +24,7 @@ from kvstore.endpoint import parse_endpoint
 from kvstore.errors import KVStoreError, RefusedError
 from kvstore.loadreport import LoadReport, ReportTable
 from kvstore.messages import (
+    LOOKUP_PROBES_MAX,
     AckLevel,
     Delete,
     DeleteReply,
@@ -200,6 +201,7 @@ class Cluster:
 
         extents = self._placement.split(keys, first, len(keys), chain)
         ranks = max((len(extent.owners) for extent in extents), default=0)
+        keys_max = max(1, LOOKUP_PROBES_MAX // len(ids))
         for rank in range(ranks):
             # A daemon that hangs leaves time to ask the next.
             left_s = max(0.001, (deadline_at - self._loop.time()) / (ranks - rank))
@@ -208,7 +210,7 @@ class Cluster:
                 *(
                     ask(peer, part, left_s)
                     for peer, indices in wanted.items()
-                    for part in _parts(indices, self._links[peer].keys_max)
+                    for part in _parts(indices, min(self._links[peer].keys_max, keys_max))
                 )
             )
         misses = [index for index, hit in enumerate(hits) if not hit]

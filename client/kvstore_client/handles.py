@@ -76,6 +76,11 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
         """Whether every block is a hit."""
         return self.hit_count == len(self.outcomes)
 
+    def run(self, index: int) -> Run | None:
+        """Who served a block, by which path and transport, and how long it took; None if
+        nobody was asked for it."""
+        return _run(self.runs, self.run_of_block[index])
+
 
 class PutResult(msgspec.Struct, frozen=True, kw_only=True):
     """How a put ended; fields as in `FetchResult`. `bytes` counts what was sent."""
@@ -94,6 +99,14 @@ class PutResult(msgspec.Struct, frozen=True, kw_only=True):
             outcome in (PutOutcome.STORED, PutOutcome.EXISTS, PutOutcome.CONFLICT)
             for outcome in self.outcomes
         )
+
+    def run(self, index: int) -> Run | None:
+        """As `FetchResult.run`."""
+        return _run(self.runs, self.run_of_block[index])
+
+
+def _run(runs: list[Run], number: int) -> Run | None:
+    return runs[number] if number >= 0 else None
 
 
 ResultT = TypeVar("ResultT", FetchResult, PutResult)
