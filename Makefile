@@ -75,6 +75,21 @@ format: install ## Format the code and fix what can be fixed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+bench: install ## Measure the data path beside its limit (ARGS=--trials=5)
+	@$(RUN) -m kvstore_bench run bench/jobs/limits.ini bench/jobs/small.ini $(ARGS)
+
+# Real sessions instead of generated ones: make demo TRACE='traces/*.json.gz'
+demo: install ## Replay agent sessions against a daemon; picture in .demo/
+	@sessions=$$(mktemp -d)
+	trap 'rm -rf "$$sessions"' EXIT
+	trace=$${TRACE:-}
+	if [ -z "$$trace" ]; then
+	  trace=$$sessions/agents.json.gz
+	  $(RUN) -m kvstore_bench generate --dataset 64k --sessions 12 --output "$$trace"
+	  echo
+	fi
+	$(RUN) -m kvstore_bench replay "$$trace" --plot .demo/replay.png
+
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	rm -rf ./*.egg-info
