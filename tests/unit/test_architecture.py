@@ -31,6 +31,7 @@ PURE = {
     "kvstore.protocol",
     "kvstore.rates",
     "kvstore.transfer",
+    "kvstore.units",
     "kvstore.version",
     "kvstore.wire",
     "kvstore_client.breaker",
