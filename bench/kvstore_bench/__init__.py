@@ -1,0 +1,1 @@
+"""The benchmark `kvbench`: fio-style jobs, replay of traces, simulation of eviction."""

@@ -1,0 +1,253 @@
+"""The command `kvbench run`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import signal
+import sys
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from kvstore.errors import ConfigError
+from kvstore_bench.job import OPTIONS, Job
+from kvstore_bench.jobfile import assemble, groups
+from kvstore_bench.progress import ProgressLine, Quiet
+from kvstore_bench.report import as_json, as_text, describe
+from kvstore_bench.runner import JobResult, Watcher, run_jobs
+from kvstore_bench.trials import summarize, summary_text
+
+TRIALS_MAX = 1000
+_FORMATS = ("normal", "json", "json+")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+EXAMPLES = """
+examples:
+  kvbench run limits.ini
+      the data path beside a bare socket pair; starts its own daemon
+  kvbench run limits.ini --trials=5 --output-format=json --output=limits.json
+      five trials in turn, medians and ratios to the job raw
+  kvbench run limits.ini --section=kv-read --runtime=2s --size=256m
+      one job of a file, some of its options replaced
+  kvbench run --name=a --rw=randread --bs=64k --batch=64 --size=512m --verify=1
+      a job without a file: every byte is compared with what was written
+  kvbench run --endpoint=tcp://10.0.0.7:7450 --size=8g --name=fill --rw=write \\
+              --name=load --rw=randread --numjobs=4 --runtime=30 --time_based --stonewall
+      two jobs one after the other, against a daemon that runs already
+
+A job file is fio's: [global] and one [section] a job, option=value, # or ; before a comment.
+JOBFILE is a path, or the name of a file that came with kvbench (limits.ini, small.ini).
+Options in front of the first --name hold for all jobs and replace what a file says. Jobs run
+at the same time; stonewall makes a job wait for those before it, and begins a group. The
+clones of a job (numjobs) are reported together. Sizes: k = 1024. Times: seconds.
+
+exit status: 0 all jobs ran; 1 a job failed, or read wrong bytes; 2 an option cannot be;
+130 after Ctrl-C, 143 after SIGTERM. No process is left behind.
+"""
+
+
+class _Assign(argparse.Action):
+    """Keeps options in the order in which they stand: those after --name belong to it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.words = [*namespace.words, (self.dest.removeprefix("job_"), values)]
+
+
+def add_run_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `run` to the commands of `kvbench`."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run fio-style jobs against daemons, and against the limit of this host",
+        usage="kvbench run [JOBFILE ...] [--name=NAME --rw=KIND --bs=SIZE ...] [option ...]",
+        description="Run jobs in fio's words: reads and writes of blocks of KV-cache.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", nargs="*", metavar="JOBFILE", help="job files")
+    output = parser.add_argument_group("what to run, and where the results go")
+    for flag, metavar, default, text in (
+        ("--trials", "N", "1", "run all jobs in turn N times; adds medians and ratios (1)"),
+        ("--output", "FILE", "", "write results to a file instead of standard output"),
+        ("--output-format", "|".join(_FORMATS), "normal", "json+ adds all buckets (normal)"),
+    ):
+        output.add_argument(flag, metavar=metavar, default=default, help=text)
+    output.add_argument(
+        "--section",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run only this job; may be given again",
+    )
+    output.add_argument(
+        "--eta",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="show progress: auto does on a terminal",
+    )
+    options = parser.add_argument_group("options of jobs, in files and here (default)")
+    options.add_argument("--name", action=_Assign, dest="job_name", help="begins a job")
+    for name, option in OPTIONS.items():
+        options.add_argument(
+            f"--{name}",
+            action=_Assign,
+            dest=f"job_{name}",
+            metavar=option.metavar,
+            help=option.help.replace("%", "%%"),
+        )
+    parser.set_defaults(run=run, words=[])
+
+
+def flags_with_values(arguments: Sequence[str]) -> list[str]:
+    """`--time_based` alone means `--time_based=1`, as in fio; argparse would take the next word."""
+    flags = {f"--{name}" for name, option in OPTIONS.items() if option.is_flag}
+    return [f"{word}=1" if word in flags else word for word in arguments]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what the arguments say; the exit status."""
+    try:
+        trials = _trials(args.trials)
+        if args.output_format not in _FORMATS:
+            raise ConfigError(
+                "--output-format", args.output_format, f"must be {' or '.join(_FORMATS)}"
+            )
+        jobs = assemble([_job_file(name) for name in args.files], args.words, args.section)
+        # Opened now, so that a result is not lost after minutes.
+        with _output(args.output) as stream:
+            return _run(jobs, trials, args, stream)
+    except ConfigError as error:
+        print(f"kvbench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(jobs: Sequence[Job], trials: int, args: argparse.Namespace, stream: TextIO) -> int:
+    text = args.output_format == "normal"
+    if text:
+        for number, group in enumerate(groups(jobs)):
+            for job in group:
+                print(describe(job, number), file=stream, flush=True)
+    show = args.eta == "always" or (args.eta == "auto" and sys.stderr.isatty())
+    watcher = ProgressLine(sys.stderr, trials) if show else Quiet(sys.stderr)
+    try:
+        results = asyncio.run(_until_signal(jobs, trials, watcher))
+    except Interrupted as interrupt:
+        print(f"{os.linesep if show else ''}kvbench: {interrupt}", file=sys.stderr)
+        return 128 + interrupt.number
+    summary = summarize(results) if trials > 1 else []
+    if text:
+        stream.write("\n" + as_text(results, trials))
+        stream.write("\n" + summary_text(summary) if summary else "")
+    else:
+        document = as_json(results, time.time(), machine(), args.output_format == "json+")
+        if summary:
+            document["summary"] = summary
+        stream.write(json.dumps(document, indent=2) + "\n")
+    for result in results:
+        if result.error and not text:
+            print(f"kvbench: {result.job.name}: {result.error}", file=sys.stderr)
+    return 1 if any(result.error for result in results) else 0
+
+
+class Interrupted(Exception):
+    """A signal has ended the run.
+
+    Attributes:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped, no results")
+        self.number = number
+
+
+async def _until_signal(jobs: Sequence[Job], trials: int, watcher: Watcher) -> list[JobResult]:
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(run_jobs(jobs, trials, watcher))
+    received: list[int] = []
+
+    def stop(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if received:
+            raise Interrupted(received[0]) from None
+        raise
+    finally:
+        for number in _SIGNALS:
+            loop.remove_signal_handler(number)
+
+
+def machine() -> dict[str, Any]:
+    """What the results depend on beside our own code."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cpus": len(os.sched_getaffinity(0)),
+        "cpu": model or platform.machine(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def _trials(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= TRIALS_MAX):
+        raise ConfigError("--trials", text, f"must be a whole number from 1 to {TRIALS_MAX}")
+    return int(text)
+
+
+def _job_file(name: str) -> tuple[str, str]:
+    """Name and text of a job file; the ones that came with us are found by name."""
+    candidates = [Path(name)]
+    if Path(name).name == name:
+        with_suffix = name if name.endswith(".ini") else f"{name}.ini"
+        candidates += [directory / with_suffix for directory in _job_directories()]
+    for path in candidates:
+        if path.is_file():
+            try:
+                return str(path), path.read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError("JOBFILE", name, f"cannot be read: {error}") from error
+    raise ConfigError("JOBFILE", name, f"no such file; ours are {', '.join(_own_job_files())}")
+
+
+def _job_directories() -> list[Path]:
+    """bench/jobs of a checkout; of an installation, where setup.cfg puts them."""
+    checkout = Path(__file__).resolve().parents[1] / "jobs"
+    return [checkout, Path(sysconfig.get_path("data")) / "share" / "dualpath-kvstore" / "jobs"]
+
+
+def _own_job_files() -> list[str]:
+    found = {path.name for directory in _job_directories() for path in directory.glob("*.ini")}
+    return sorted(found) or ["not installed"]
+
+
+def _output(path: str) -> contextlib.AbstractContextManager[TextIO]:
+    if not path:
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise ConfigError("--output", path, f"cannot be written: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""What does the I/O of a job: one module an engine, chosen by `ioengine`."""

@@ -1,0 +1,218 @@
+"""The engine `kv`: the client library against daemons, as an inference engine would use it.
+
+An I/O is one fetch or one put of `batch` blocks that form a prefix. Reads are verified by the
+client against the checksums of the writer; that cannot be turned off and is part of `clat`.
+The memory of an I/O is reused as soon as its handle is quiet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Collection, Sequence
+
+from kvstore.buffers import Region
+from kvstore.errors import KVStoreError
+from kvstore.layout import Layout
+from kvstore.messages import FetchOutcome, PutOutcome
+from kvstore_bench.engines.base import Completion, JobFailed, OnStep, SlotEngine, Task
+from kvstore_bench.job import Job
+from kvstore_bench.meter import Meter
+from kvstore_bench.workload import Contents, Keys, Operation, Words, Workload
+from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace
+
+POOL = "kvbench"
+# The working set is stored with this many puts under way, whatever iodepth is.
+PRELOAD_DEPTH_MAX = 4
+# Deletes under way at once, so that a daemon that others use too is not held up.
+DELETES_MAX = 8
+
+_FETCH_WORDS = {outcome: outcome.name.lower() for outcome in FetchOutcome}
+_PUT_WORDS = {outcome: outcome.name.lower() for outcome in PutOutcome}
+# A miss or a full arena is an answer; after these a number would say nothing.
+_FETCH_ERRORS = {FetchOutcome.CORRUPT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE}
+_PUT_ERRORS = {PutOutcome.CORRUPT, PutOutcome.TIMEOUT, PutOutcome.UNAVAILABLE}
+
+
+def layout(job: Job) -> Layout:
+    """The layout of a job's blocks."""
+    return Layout(
+        model_id="kvbench",
+        dtype="uint8",
+        block_tokens=16,
+        layer_bytes=(job.bs // job.layers,) * job.layers,
+    )
+
+
+class KvEngine(SlotEngine):
+    """See the module."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        job = self.job
+        self.server_pids = task.server_pids
+        self._client = AsyncClient(
+            list(task.endpoints),
+            node_id=f"kvbench-{job.name}-{task.clone}"[:64],
+            deadline_s=job.deadline,
+        )
+        self._keys = Keys(task.run, job, task.clone)
+        self._contents = Contents(job.bs, job.batch, job.randseed)
+        self._slots: list[memoryview] = []
+        self._words: list[Words] = []
+        self._handles: list[AsyncFetchHandle | AsyncPutHandle | None] = [None] * job.iodepth
+        self._namespace: Namespace
+        self._opened = False
+        self._whole = [True] * job.batch
+        self._hit = ["hit"] * job.batch
+        self._stored = ["stored"] * job.batch
+
+    async def open(self, workload: Workload, on_step: OnStep) -> None:
+        """Touch the memory, connect, store the working set."""
+        job = self.job
+        io_bytes = job.io_bytes
+        region = Region(job.iodepth * io_bytes, "kvbench")
+        region.touch()
+        self._slots = [region.view[n * io_bytes : (n + 1) * io_bytes] for n in range(job.iodepth)]
+        self._words = [self._contents.words(slot) for slot in self._slots]
+        for words in self._words:
+            self._contents.fill(words)
+        await self._client.start()
+        self._opened = True
+        try:
+            for endpoint, status in (await self._client.status()).items():
+                if isinstance(status, Exception):
+                    raise JobFailed(f"{endpoint}: {status}")
+            self._namespace = await self._client.open_namespace(POOL, layout(job))
+        except KVStoreError as error:
+            raise JobFailed(str(error)) from error
+        await self._preload(workload.preload_count, on_step)
+
+    async def close(self) -> None:
+        """Disconnect."""
+        if self._opened:
+            await self._client.close()
+
+    def prepare(self, slot: int, operation: Operation) -> None:
+        """A write gets the numbers of its blocks; a read needs nothing."""
+        if not operation.is_read:
+            if self.job.reads:  # reads leave other blocks in this memory
+                self._contents.fill(self._words[slot])
+            self._contents.stamp(self._words[slot], operation.number)
+
+    def submit(self, slot: int, operation: Operation) -> Awaitable[Completion]:
+        """Begin a fetch or a put."""
+        keys = self._keys.of_io(operation.number)
+        if operation.is_read:
+            fetch = self._client.fetch(
+                self._namespace, keys, self._slots[slot], order=self.job.order
+            )
+            self._handles[slot] = fetch
+            return self._fetched(fetch)
+        put = self._client.put(self._namespace, keys, self._slots[slot], ack=self.job.ack)
+        self._handles[slot] = put
+        return self._put(put)
+
+    async def release(self, slot: int) -> None:
+        """Wait until no peer can touch the slot's memory."""
+        handle = self._handles[slot]
+        if handle is not None and not handle.quiet.done():
+            await handle.quiesced()
+
+    def check(self, slot: int, operation: Operation, good: Sequence[bool]) -> int:
+        """Compare what was read with what was written."""
+        return len(self._contents.wrong_blocks(self._words[slot], operation.number, list(good)))
+
+    async def settle(self, workload: Workload, meter: Meter, on_step: OnStep) -> None:
+        """Read back what a job that only writes has stored; remove all that was stored."""
+        if self.job.verify and not self.job.reads and not meter.error:
+            await self._read_back(workload.last_written, meter, on_step)
+        if not self.task.keep and not meter.error:
+            await self._remove(workload.numbers_end, on_step)
+
+    # --- the two kinds of I/O --------------------------------------------------------------
+
+    async def _fetched(self, handle: AsyncFetchHandle) -> Completion:
+        result = await handle
+        if result.ok:
+            return Completion(self._whole, self._hit)
+        return Completion(
+            [outcome == FetchOutcome.HIT for outcome in result.outcomes],
+            [_FETCH_WORDS[outcome] for outcome in result.outcomes],
+            _complaint("read", result.outcomes, _FETCH_ERRORS, result.errors),
+        )
+
+    async def _put(self, handle: AsyncPutHandle) -> Completion:
+        result = await handle
+        if result.outcomes.count(PutOutcome.STORED) == len(result.outcomes):
+            return Completion(self._whole, self._stored)
+        return Completion(
+            [outcome == PutOutcome.STORED for outcome in result.outcomes],
+            [_PUT_WORDS[outcome] for outcome in result.outcomes],
+            _complaint("write", result.outcomes, _PUT_ERRORS, result.errors),
+        )
+
+    # --- before and after ------------------------------------------------------------------
+
+    async def _preload(self, count: int, on_step: OnStep) -> None:
+        numbers = iter(range(count))
+        done = 0
+
+        async def keep_putting(slot: int) -> None:
+            nonlocal done
+            for number in numbers:
+                operation = Operation(False, number)
+                self.prepare(slot, operation)
+                completion = await self.submit(slot, operation)
+                await self.release(slot)
+                if not all(completion.good):
+                    raise JobFailed(
+                        f"the working set cannot be stored: block {number * self.job.batch} and"
+                        f" following are {', '.join(sorted(set(completion.outcomes)))}"
+                        f" ({completion.error or 'size must fit into the daemon'})"
+                    )
+                done += 1
+                on_step("store working set", done * self.job.io_bytes, count * self.job.io_bytes)
+
+        slots = range(min(self.job.iodepth, PRELOAD_DEPTH_MAX))
+        results = await asyncio.gather(*map(keep_putting, slots), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _read_back(self, numbers: Collection[int], meter: Meter, on_step: OnStep) -> None:
+        for position, number in enumerate(numbers, 1):
+            operation = Operation(True, number)
+            completion = await self.submit(0, operation)
+            await self.release(0)
+            meter.checked_blocks += sum(completion.good)
+            meter.wrong_blocks += self.check(0, operation, completion.good)
+            meter.error = meter.error or completion.error
+            io_bytes = self.job.io_bytes
+            on_step("read back", position * io_bytes, len(numbers) * io_bytes)
+        if meter.wrong_blocks:
+            meter.error = f"{meter.wrong_blocks} blocks read back hold wrong bytes"
+
+    async def _remove(self, io_count: int, on_step: OnStep) -> None:
+        # An I/O at a time: its keys lie where the first of them says.
+        for first in range(0, io_count, DELETES_MAX):
+            last = min(io_count, first + DELETES_MAX)
+            deletes = [
+                self._client.delete(self._namespace, self._keys.of_io(number))
+                for number in range(first, last)
+            ]
+            await asyncio.gather(*deletes, return_exceptions=True)
+            on_step("remove blocks", last * self.job.io_bytes, io_count * self.job.io_bytes)
+
+
+def _complaint(
+    what: str,
+    outcomes: Sequence[FetchOutcome] | Sequence[PutOutcome],
+    errors: set[FetchOutcome] | set[PutOutcome],
+    reasons: Sequence[Exception],
+) -> str:
+    """Why a job should not go on after these outcomes; empty if it may."""
+    bad = [outcome for outcome in outcomes if outcome in errors]
+    if not bad:
+        return ""
+    reason = "; ".join(map(str, reasons)) or "no reason was given"
+    return f"{what}: {len(bad)} of {len(outcomes)} blocks {bad[0].name}: {reason}"

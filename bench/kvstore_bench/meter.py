@@ -1,0 +1,214 @@
+"""What is counted while a job runs: latencies, bytes, outcomes, processor time.
+
+The times of an I/O, as fio defines them: `slat` from the beginning of its submission until the
+call returns, `clat` from then until its last byte is there and verified, `lat` both together.
+
+An I/O counts if it was submitted after the ramp; the run ends with the last of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kvstore_bench.children import cpu_ns
+from kvstore_bench.histogram import Histogram, Snapshot
+from kvstore_bench.job import Job
+
+# How often a job says how far it is.
+PROGRESS_INTERVAL_NS = 250_000_000
+
+clock_ns = time.monotonic_ns
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What this process, and the servers that it watches, have used so far.
+
+    Attributes:
+        at_ns: Of the monotonic clock, which all processes of a host share.
+        server_ns: Processor time of the servers; None if that is not known.
+    """
+
+    at_ns: int
+    user_ns: int
+    system_ns: int
+    server_ns: int | None
+    switches: int
+    major_faults: int
+    minor_faults: int
+
+
+def usage(server_pids: Sequence[int]) -> Usage:
+    """What was used until now."""
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    servers = [cpu_ns(pid) for pid in server_pids]
+    known = [used for used in servers if used is not None]
+    return Usage(
+        at_ns=clock_ns(),
+        user_ns=int(own.ru_utime * 1e9),
+        system_ns=int(own.ru_stime * 1e9),
+        server_ns=sum(known) if servers and len(known) == len(servers) else None,
+        switches=own.ru_nvcsw + own.ru_nivcsw,
+        major_faults=own.ru_majflt,
+        minor_faults=own.ru_minflt,
+    )
+
+
+class DirectionTotals(msgspec.Struct, frozen=True):
+    """All reads, or all writes, that count.
+
+    Attributes:
+        bytes: Of blocks that were read and are right, or were stored.
+        ios: I/Os that ended.
+        short_ios: Of those, the ones with blocks that were not there, or not stored.
+    """
+
+    bytes: int
+    ios: int
+    short_ios: int
+    slat: Snapshot
+    clat: Snapshot
+    lat: Snapshot
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """How one clone of a job went.
+
+    Attributes:
+        outcomes: Blocks by outcome ("hit", "miss", "stored", ...).
+        began, ended: What was used at the two ends of what counts.
+        error: Why it ended early; empty if it did not.
+        wrong_blocks: Blocks that were read and are not what was written.
+        checked_blocks: Blocks that were compared with what was written.
+    """
+
+    read: DirectionTotals
+    write: DirectionTotals
+    outcomes: dict[str, int]
+    began: Usage
+    ended: Usage
+    error: str
+    wrong_blocks: int
+    checked_blocks: int
+
+
+class Direction:
+    """Reads, or writes, while they happen."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.ios = 0
+        self.short_ios = 0
+        self.slat = Histogram()
+        self.clat = Histogram()
+        self.lat = Histogram()
+
+    def totals(self) -> DirectionTotals:
+        """As a value."""
+        return DirectionTotals(
+            bytes=self.bytes,
+            ios=self.ios,
+            short_ios=self.short_ios,
+            slat=self.slat.snapshot(),
+            clat=self.clat.snapshot(),
+            lat=self.lat.snapshot(),
+        )
+
+
+class Meter:
+    """Counts one clone of a job; says when it is over.
+
+    Args:
+        server_pids: Processes whose time counts as the servers'.
+        on_progress: Called now and then with (bytes read, bytes written) so far, those of
+            the ramp included.
+
+    Attributes:
+        outcomes: Blocks by outcome, those of the ramp left out.
+    """
+
+    def __init__(
+        self, job: Job, server_pids: Sequence[int], on_progress: Callable[[int, int], None]
+    ) -> None:
+        self.read = Direction()
+        self.write = Direction()
+        self.outcomes: Counter[str] = Counter()
+        self.error = ""
+        self.wrong_blocks = 0
+        self.checked_blocks = 0
+        self._pids = server_pids
+        self._on_progress = on_progress
+        self._seen = [0, 0]
+        self._progress_at_ns = 0
+        self._ramp_ns = int(job.ramp_time * 1e9)
+        self._runtime_ns = int(job.runtime * 1e9)
+        self._counts_from_ns = 0
+        self._ends_at_ns = 0
+        self._began: Usage | None = None
+        self._last_ns = 0
+
+    def start(self) -> None:
+        """The clock runs from now on."""
+        now = clock_ns()
+        self._progress_at_ns = now
+        self._counts_from_ns = now + self._ramp_ns
+        self._ends_at_ns = self._counts_from_ns + self._runtime_ns if self._runtime_ns else 0
+
+    def counts(self, began_ns: int) -> bool:
+        """Whether an I/O that begins at this time counts."""
+        if began_ns < self._counts_from_ns:
+            return False
+        if self._began is None:
+            self._began = usage(self._pids)
+        return True
+
+    def over(self, now_ns: int) -> bool:
+        """Whether no further I/O may begin."""
+        return bool(self.error) or 0 < self._ends_at_ns <= now_ns
+
+    def completed(
+        self, is_read: bool, times_ns: tuple[int, int, int], good_bytes: int, short: bool
+    ) -> None:
+        """Count one I/O that counts.
+
+        Args:
+            times_ns: When it began, when it was submitted, when it had ended.
+            good_bytes: Of blocks that are there, or were stored.
+            short: Whether that is less than was asked for.
+        """
+        direction = self.read if is_read else self.write
+        began_ns, submitted_ns, ended_ns = times_ns
+        direction.ios += 1
+        direction.bytes += good_bytes
+        direction.short_ios += short
+        direction.slat.record(submitted_ns - began_ns)
+        direction.clat.record(ended_ns - submitted_ns)
+        direction.lat.record(ended_ns - began_ns)
+
+    def seen(self, is_read: bool, byte_count: int, now_ns: int) -> None:
+        """Note bytes for the progress, whether or not they count."""
+        self._seen[not is_read] += byte_count
+        if now_ns >= self._progress_at_ns:
+            self._progress_at_ns = now_ns + PROGRESS_INTERVAL_NS
+            self._on_progress(*self._seen)
+
+    def finish(self) -> None:
+        """The last I/O has ended: what is used from now on does not count."""
+        self._ended = usage(self._pids)
+
+    def totals(self) -> Totals:
+        """Everything that was counted, after `finish`."""
+        return Totals(
+            read=self.read.totals(),
+            write=self.write.totals(),
+            outcomes=dict(self.outcomes),
+            began=self._began or self._ended,
+            ended=self._ended,
+            error=self.error,
+            wrong_blocks=self.wrong_blocks,
+            checked_blocks=self.checked_blocks,
+        )

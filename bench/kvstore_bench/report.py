@@ -1,0 +1,283 @@
+"""Results as text and as JSON, in fio's shapes. Pure.
+
+JSON history (`"kvbench format"`):
+
+1   fio 3's names and units. An I/O of `kv` is a batch of blocks. Ours beside fio's: `trial`,
+    `cpu` and `blocks` in each job; `summary` over several trials.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kvstore.units import format_size_bytes
+from kvstore.version import VERSION
+from kvstore_bench.histogram import PERCENTILES, Histogram
+from kvstore_bench.job import Job
+from kvstore_bench.measured import Measured, MeasuredDirection
+from kvstore_bench.runner import JobResult
+
+FORMAT = 1
+
+# As fio: the largest unit in which neither the smallest value nor the spread is lost.
+_TIME_UNITS = ((1_000_000, "msec"), (1_000, "usec"), (1, "nsec"))
+_PERCENTILES_A_LINE = 4
+_BINARY = ((1024**2, "Mi"), (1024, "Ki"), (1, ""))
+
+
+def measured(result: JobResult) -> Measured | None:
+    """A result's clones put together; None if none of them could begin."""
+    if not result.clones:
+        return None
+    return Measured(result.job, result.clones, result.server_known)
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def as_json(
+    results: Sequence[JobResult], now: float, machine: dict[str, Any], bins: bool
+) -> dict[str, Any]:
+    """All results, for `json.dumps`.
+
+    Args:
+        now: Seconds since 1970.
+        machine: What it ran on.
+        bins: Whether to add all buckets of the latencies (json+).
+    """
+    return {
+        "fio version": f"kvbench-{VERSION}",
+        "kvbench format": FORMAT,
+        "timestamp": int(now),
+        "timestamp_ms": int(now * 1000),
+        "time": time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(now)),
+        "machine": machine,
+        "jobs": [_job_json(result, bins) for result in results],
+    }
+
+
+def _job_json(result: JobResult, bins: bool) -> dict[str, Any]:
+    job, found = result.job, measured(result)
+    entry: dict[str, Any] = {
+        "jobname": job.name,
+        "groupid": result.group,
+        "trial": result.trial,
+        "job_start": int(result.began_at * 1000),
+        "error": 1 if result.error else 0,
+        "error_text": result.error,
+        "eta": 0,
+        "elapsed": round(result.elapsed_s),
+        "job options": {"name": job.name, **dict(job.given)},
+    }
+    if found is None:
+        return entry
+    runtime_ms = round(found.runtime_s * 1000)
+    share = 100 / found.clones_s if found.clones_s else 0.0
+    entry |= {
+        "read": _direction_json(found.read, runtime_ms, bins),
+        "write": _direction_json(found.write, runtime_ms, bins),
+        "job_runtime": round(found.clones_s * 1000),
+        "usr_cpu": found.user_s * share,
+        "sys_cpu": found.system_s * share,
+        "ctx": found.switches,
+        "majf": found.major_faults,
+        "minf": found.minor_faults,
+        "server_cpu": _percent(found.server_s, found.runtime_s),
+        "cpu": {
+            "client_s": found.client_s,
+            "server_s": found.server_s,
+            "client_s_per_gib": found.client_s_per_gib,
+            "server_s_per_gib": found.server_s_per_gib,
+            "s_per_gib": found.cpu_s_per_gib,
+            "server_us_per_block": found.server_us_per_block,
+        },
+        "blocks": {
+            "outcomes": dict(sorted(found.outcomes.items())),
+            "checked": found.checked_blocks,
+            "wrong": found.wrong_blocks,
+        },
+    }
+    return entry
+
+
+def _percent(part: float | None, whole: float) -> float | None:
+    return None if part is None or not whole else 100 * part / whole
+
+
+def _direction_json(found: MeasuredDirection, runtime_ms: int, bins: bool) -> dict[str, Any]:
+    return {
+        "io_bytes": found.bytes,
+        "io_kbytes": found.bytes // 1024,
+        "bw_bytes": round(found.bw_bytes),
+        "bw": round(found.bw_bytes / 1024),
+        "iops": found.iops,
+        "runtime": runtime_ms if found.ios else 0,
+        "total_ios": found.ios,
+        "short_ios": found.short_ios,
+        "drop_ios": 0,
+        "slat_ns": _latency_json(found.slat, bins),
+        "clat_ns": _latency_json(found.clat, bins),
+        "lat_ns": _latency_json(found.lat, bins),
+    }
+
+
+def _latency_json(found: Histogram, bins: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "min": found.minimum if found.count else 0,
+        "max": found.maximum,
+        "mean": found.mean,
+        "stddev": found.deviation,
+        "N": found.count,
+    }
+    if found.count:
+        entry["percentile"] = {f"{p:.6f}": found.percentile(p) for p in PERCENTILES}
+        if bins:
+            entry["bins"] = {str(value): count for value, count in found.bins().items()}
+    return entry
+
+
+# --- text ------------------------------------------------------------------------------------
+
+
+def describe(job: Job, group: int) -> str:
+    """A job before it runs, in one line."""
+    text = f"{job.name}: (g={group}): rw={job.rw}, bs={format_size_bytes(job.bs)}"
+    text += f", batch={job.batch}, ioengine={job.ioengine}, iodepth={job.iodepth}"
+    return text + (f", numjobs={job.numjobs}" if job.numjobs > 1 else "")
+
+
+def as_text(results: Sequence[JobResult], trials: int) -> str:
+    """All results for people, as fio prints them."""
+    lines: list[str] = []
+    for result in results:
+        lines += ["", *_job_lines(result, trials)]
+    for trial in range(1, trials + 1):
+        of_trial = [result for result in results if result.trial == trial]
+        for group in sorted({result.group for result in of_trial}):
+            members = [result for result in of_trial if result.group == group]
+            lines += ["", *_group_lines(members, group, trial if trials > 1 else 0)]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _job_lines(result: JobResult, trials: int) -> list[str]:
+    job, found = result.job, measured(result)
+    began = time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(result.began_at))
+    trial = f", trial={result.trial}/{trials}" if trials > 1 else ""
+    head = f"{job.name}: (groupid={result.group}, jobs={job.numjobs}{trial}): "
+    lines = [head + f"err= {1 if result.error else 0}: {began}"]
+    if result.error:
+        lines.append(f"  error: {result.error}")
+    if found is None:
+        return lines
+    unit = "" if job.ioengine == "raw" else f" ({job.batch} blocks an I/O)" * (job.batch > 1)
+    for name, direction in (("read", found.read), ("write", found.write)):
+        if direction.ios:
+            lines += _direction_lines(name, direction, found.runtime_s, unit)
+    share = 100 / found.clones_s if found.clones_s else 0.0
+    cpu = f"  cpu          : usr={found.user_s * share:.2f}%, sys={found.system_s * share:.2f}%"
+    cpu += f", ctx={found.switches}, majf={found.major_faults}, minf={found.minor_faults}"
+    server_percent = _percent(found.server_s, found.runtime_s)
+    if server_percent is not None:
+        cpu += f", server={server_percent:.2f}%"
+    lines.append(cpu)
+    if found.client_s_per_gib is not None and job.ioengine != "null":
+        lines.append(f"  cpu-s/GiB    : {_cpu_text(found)}")
+    if found.outcomes:
+        counts = ", ".join(f"{word}={count}" for word, count in sorted(found.outcomes.items()))
+        lines.append(f"  blocks       : {counts}")
+    if job.verify:
+        lines.append(f"  verify       : {found.checked_blocks} blocks, {found.wrong_blocks} wrong")
+    return lines
+
+
+def _cpu_text(found: Measured) -> str:
+    client = found.client_s_per_gib or 0.0
+    if found.server_s_per_gib is None or found.cpu_s_per_gib is None:
+        return f"client {client:.3f} (the server's is not known: its process is not ours)"
+    text = f"{found.cpu_s_per_gib:.3f} = client {client:.3f} + server {found.server_s_per_gib:.3f}"
+    if found.server_us_per_block is not None:
+        text += f"; server {found.server_us_per_block:.2f} us a block"
+    return text
+
+
+def _direction_lines(name: str, found: MeasuredDirection, runtime_s: float, unit: str) -> list[str]:
+    total, runtime = format_size_bytes(found.bytes), f"{runtime_s * 1000:.0f}msec"
+    lines = [
+        f"  {name}: IOPS={_count_text(found.iops)}, BW={bandwidth_text(found.bw_bytes)}"
+        f"({total}/{runtime}){unit}"
+    ]
+    if found.short_ios:
+        lines.append(f"    short: {found.short_ios} of {found.ios} I/Os lack blocks")
+    for label, histogram in (("slat", found.slat), ("clat", found.clat), (" lat", found.lat)):
+        if histogram.maximum or label != "slat":
+            lines.append(_latency_line(label, histogram))
+    return lines + _percentile_lines(found.clat)
+
+
+def _time_unit(found: Histogram) -> tuple[int, str]:
+    for factor, name in _TIME_UNITS:
+        if found.minimum > 2 * factor and found.maximum >= 100 * factor:
+            return factor, name
+    return _TIME_UNITS[-1]
+
+
+def _latency_line(label: str, found: Histogram) -> str:
+    factor, name = _time_unit(found)
+    return (
+        f"    {label} ({name}): min={found.minimum // factor}, max={found.maximum // factor},"
+        f" avg={found.mean / factor:.2f}, stdev={found.deviation / factor:.2f}"
+    )
+
+
+def _percentile_lines(found: Histogram) -> list[str]:
+    factor, name = _time_unit(found)
+    values = [(percent, found.percentile(percent) // factor) for percent in PERCENTILES]
+    width = max(len(str(value)) for _, value in values)
+    cells = [f"{percent:5.2f}th=[{value:>{width}}]" for percent, value in values]
+    lines = [f"    clat percentiles ({name}):"]
+    for at in range(0, len(cells), _PERCENTILES_A_LINE):
+        lines.append("     | " + ", ".join(cells[at : at + _PERCENTILES_A_LINE]))
+    return lines
+
+
+def _group_lines(results: Sequence[JobResult], group: int, trial: int) -> list[str]:
+    lines = [f"Run status group {group} (all jobs)" + (f", trial {trial}:" if trial else ":")]
+    found = [m for m in map(measured, results) if m is not None]
+    for label, directions in (
+        ("READ", [(m.read, m.runtime_s) for m in found if m.read.ios]),
+        ("WRITE", [(m.write, m.runtime_s) for m in found if m.write.ios]),
+    ):
+        if not directions:
+            continue
+        rate = sum(direction.bw_bytes for direction, _ in directions)
+        total = sum(direction.bytes for direction, _ in directions)
+        times = [round(runtime_s * 1000) for _, runtime_s in directions]
+        lines.append(
+            f"  {label:>5}: bw={bandwidth_text(rate)}, io={format_size_bytes(total)}"
+            f" ({_decimal(total)}B), run={min(times)}-{max(times)}msec"
+        )
+    return lines
+
+
+def bandwidth_text(bytes_per_s: float) -> str:
+    """Bytes a second with both kinds of prefixes: `2383MiB/s (2499MB/s)`."""
+    factor, prefix = next(
+        (factor, prefix) for factor, prefix in _BINARY if bytes_per_s >= factor or factor == 1
+    )
+    binary = bytes_per_s / factor
+    digits = 1 if binary < 100 and factor > 1 else 0
+    return f"{binary:.{digits}f}{prefix}B/s ({_decimal(bytes_per_s)}B/s)"
+
+
+def _decimal(value: float) -> str:
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor * (10 if prefix == "G" else 1):
+            scaled = value / factor
+            return f"{scaled:.{1 if scaled < 100 else 0}f}{prefix}"
+    return f"{value:.0f}"
+
+
+def _count_text(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:.0f}"

@@ -1,0 +1,99 @@
+"""Several trials of the same jobs: medians, and each job beside the limit. Pure.
+
+Jobs take turns within a trial, so that what else happens on the machine meets all of them. A
+ratio is taken within a trial, and of those the median: the two numbers of a ratio are then
+seconds apart and not minutes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from kvstore_bench.measured import Measured
+from kvstore_bench.report import bandwidth_text, measured
+from kvstore_bench.runner import JobResult
+
+
+def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
+    """One entry a job, in the order of their first trial; failed trials are left out.
+
+    `ratio` compares with the first job whose ioengine is raw, and is None without one.
+    """
+    by_job: dict[str, dict[int, Measured]] = {}
+    reference = ""
+    for result in results:
+        found = measured(result)
+        of_job = by_job.setdefault(result.job.name, {})
+        if found is not None and not result.error:
+            of_job[result.trial] = found
+        if result.job.ioengine == "raw" and not reference:
+            reference = result.job.name
+    limit = by_job.get(reference, {})
+    return [_entry(name, found, reference, limit) for name, found in by_job.items()]
+
+
+def _entry(
+    name: str, found: dict[int, Measured], reference: str, limit: dict[int, Measured]
+) -> dict[str, Any]:
+    rates = [one.bw_bytes for one in found.values()]
+    ratios = [
+        one.bw_bytes / limit[trial].bw_bytes
+        for trial, one in found.items()
+        if trial in limit and limit[trial].bw_bytes
+    ]
+    return {
+        "jobname": name,
+        "trials": len(found),
+        "bw_bytes": _median(rates),
+        "bw_bytes_min": min(rates, default=None),
+        "bw_bytes_max": max(rates, default=None),
+        "reference": reference,
+        "ratio": _median(ratios),
+        "ratio_min": min(ratios, default=None),
+        "ratio_max": max(ratios, default=None),
+        "cpu_s_per_gib": _median([one.cpu_s_per_gib for one in found.values()]),
+        "client_s_per_gib": _median([one.client_s_per_gib for one in found.values()]),
+        "server_s_per_gib": _median([one.server_s_per_gib for one in found.values()]),
+        "server_us_per_block": _median([one.server_us_per_block for one in found.values()]),
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def summary_text(summary: Sequence[dict[str, Any]]) -> str:
+    """The summary as a table."""
+    reference = summary[0]["reference"]
+    head = ["job", "trials", "median bandwidth", f"of {reference}" if reference else ""]
+    head += ["[min-max]", "cpu-s/GiB", "client", "server", "us/block"]
+    rows = [head]
+    for entry in summary:
+        low, high = entry["ratio_min"], entry["ratio_max"]
+        rate = entry["bw_bytes"]
+        rows.append(
+            [
+                entry["jobname"],
+                str(entry["trials"]),
+                "-" if rate is None else bandwidth_text(rate),
+                _number(entry["ratio"]),
+                "-" if low is None else f"[{low:.2f}-{high:.2f}]",
+                _number(entry["cpu_s_per_gib"], 3),
+                _number(entry["client_s_per_gib"], 3),
+                _number(entry["server_s_per_gib"], 3),
+                _number(entry["server_us_per_block"]),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "Medians; a ratio is taken within a trial:\n" + "\n".join(f"  {x}" for x in lines) + "\n"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

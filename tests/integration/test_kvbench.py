@@ -1,0 +1,236 @@
+"""`kvbench run` with real processes: workers, daemons, sockets, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore_bench.daemons import DaemonFailed, Daemons
+from tests.support.tree import ROOT
+
+pytestmark = pytest.mark.slow
+
+# For processes that a broken test would wait for; nothing depends on how long one takes.
+TIMEOUT_S = 120
+LIMITS = str(ROOT / "bench" / "jobs" / "limits.ini")
+SMALL = ["--bs=64k", "--batch=4", "--size=8m", "--iodepth=2"]
+
+
+def kvbench(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore_bench", "run", *words],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def run_json(*words: str, status: int = 0) -> dict[str, Any]:
+    done = kvbench(*words, "--output-format=json")
+    assert done.returncode == status, done.stdout + done.stderr
+    document: dict[str, Any] = json.loads(done.stdout)
+    return document
+
+
+def children(pid: int) -> set[int]:
+    """All living descendants of a process."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found |= {child} | children(child)
+    return found
+
+
+def has_ended(pid: int) -> bool:
+    """Wait for the end of a process that we may wait for (we adopt orphans)."""
+    try:
+        os.waitpid(pid, 0)
+    except ChildProcessError:
+        pass  # its own parent has seen its end
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize("engine", ["null", "raw"])
+@pytest.mark.parametrize("rw", ["read", "write"])
+def test_engines_without_a_daemon_move_size_once(engine: str, rw: str) -> None:
+    (job,) = run_json("--name=a", f"--ioengine={engine}", f"--rw={rw}", *SMALL)["jobs"]
+    assert job["error"] == 0
+    assert job[rw]["io_bytes"] == 8 << 20
+    # An I/O of raw is a block, of null a batch.
+    assert job[rw]["total_ios"] == (128 if engine == "raw" else 32)
+    assert job["cpu"]["server_s"] is None if engine == "null" else job["cpu"]["server_s"] > 0
+
+
+@pytest.mark.parametrize("rw", ["read", "write", "randread", "randwrite", "rw", "randrw"])
+def test_every_kind_of_job_runs_against_a_daemon_of_its_own(rw: str) -> None:
+    words = ["--name=a", f"--rw={rw}", "--verify=1", "--layers=2", "--order=layer", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    moved = job["read"]["io_bytes"] + job["write"]["io_bytes"]
+    assert moved == 8 << 20
+    assert (job["read"]["io_bytes"] > 0) == (rw not in ("write", "randwrite"))
+    assert (job["write"]["io_bytes"] > 0) == (rw not in ("read", "randread"))
+    assert sum(job["blocks"]["outcomes"].values()) == 128
+    assert set(job["blocks"]["outcomes"]) <= {"hit", "stored"}
+    assert job["blocks"]["checked"] > 0
+    assert job["blocks"]["wrong"] == 0
+    assert job["cpu"]["server_s"] > 0
+
+
+def test_writes_beyond_the_arena_are_stored_and_evict() -> None:
+    words = ["--name=a", "--rw=randwrite", "--runtime=500ms", "--time_based", "--verify=1", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    assert set(job["blocks"]["outcomes"]) == {"stored"}
+    assert job["write"]["io_bytes"] > 8 << 20
+    assert 0 < job["blocks"]["checked"] <= 128
+    assert job["blocks"]["wrong"] == 0
+
+
+def test_clones_add_up() -> None:
+    (job,) = run_json("--name=a", "--rw=randread", "--numjobs=3", "--verify=1", *SMALL)["jobs"]
+    assert job["read"]["io_bytes"] == 3 * (8 << 20)
+    assert job["read"]["lat_ns"]["N"] == 3 * 32
+    assert job["blocks"]["wrong"] == 0
+
+
+def test_the_three_jobs_of_limits_come_in_one_json_with_their_ratios(tmp_path: Path) -> None:
+    path = tmp_path / "limits.json"
+    words = ["--size=32m", "--runtime=200ms", "--ramp_time=50ms", "--trials=2"]
+    done = kvbench(LIMITS, *words, "--output-format=json+", f"--output={path}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    document = json.loads(path.read_text())
+    names = [(job["jobname"], job["trial"]) for job in document["jobs"]]
+    assert names == [(name, t) for t in (1, 2) for name in ("raw", "kv-read", "kv-write")]
+    assert [job["groupid"] for job in document["jobs"]] == [0, 1, 2, 0, 1, 2]
+    raw, read, write = document["summary"]
+    assert raw["ratio"] == 1.0
+    for entry in (read, write):
+        assert entry["ratio"] > 0
+        assert entry["cpu_s_per_gib"] > 0
+    assert document["jobs"][1]["read"]["clat_ns"]["bins"]
+
+
+def test_jobs_of_a_group_run_side_by_side_and_are_reported_for_people() -> None:
+    done = kvbench(
+        *(*SMALL, "--name=a", "--rw=read", "--name=b", "--rw=write"),
+        *("--name=c", "--ioengine=null", "--stonewall", "--eta=always"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Run status group 0 (all jobs):\n   READ: bw=" in done.stdout
+    assert "Run status group 1 (all jobs):" in done.stdout
+    assert "clat percentiles" in done.stdout
+    assert "store working set" in done.stderr
+
+
+@pytest.mark.asyncio
+async def test_jobs_leave_nothing_on_daemons_that_they_were_given() -> None:
+    async with Daemons(2, 32 << 20) as daemons:
+        words = ["--name=a", "--rw=randrw", "--verify=1", *SMALL]
+        words.append(f"--endpoint={','.join(daemons.endpoints)}")
+        for _ in range(2):
+            (job,) = run_json(*words)["jobs"]
+            assert set(job["blocks"]["outcomes"]) == {"hit", "stored"}
+            assert job["cpu"]["server_s"] is None
+        from kvstore_client import AsyncClient
+
+        async with AsyncClient(daemons.endpoints) as client:
+            for status in (await client.status()).values():
+                assert not isinstance(status, Exception)
+                buffers = status.report.buffers  # type: ignore[union-attr]
+                assert buffers.free_bytes == buffers.total_bytes
+
+
+def test_a_daemon_that_is_not_there_is_a_failed_job() -> None:
+    document = run_json("--name=a", "--endpoint=unix:///nowhere/k.sock", *SMALL, status=1)
+    (job,) = document["jobs"]
+    assert job["error"] == 1
+    assert "unix:///nowhere/k.sock" in job["error_text"]
+    assert "read" not in job
+
+
+@pytest.mark.asyncio
+async def test_blocks_that_were_evicted_are_misses_and_do_not_count() -> None:
+    async with Daemons(1, 4 << 20) as daemons:
+        words = ["--name=a", f"--endpoint={daemons.endpoints[0]}", *SMALL]
+        (job,) = run_json(*words)["jobs"]
+    assert job["error"] == 0
+    assert job["blocks"]["outcomes"]["miss"] >= 64
+    assert job["read"]["io_bytes"] <= 4 << 20
+    assert job["read"]["short_ios"] >= 16
+    assert job["read"]["total_ios"] == 32
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_that_dies_ends_the_job() -> None:
+    async with Daemons(1, 64 << 20) as daemons:
+        words = ["--name=a", "--rw=randread", "--runtime=600", "--time_based", "--eta=always"]
+        words += [f"--endpoint={daemons.endpoints[0]}", *SMALL]
+        with started(*words) as bench:
+            wait_for(bench, rb"\[r=[0-9.]+[KMG]iB/s\]")
+            os.kill(daemons.pids[0], signal.SIGKILL)
+            output, _ = bench.communicate(timeout=TIMEOUT_S)
+    assert bench.returncode == 1
+    assert re.search(rb"error: read: \d of 4 blocks UNAVAILABLE", output)
+
+
+def started(*words: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvstore_bench", "run", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for(process: subprocess.Popen[bytes], pattern: bytes) -> None:
+    """Read standard error until a pattern comes."""
+    assert process.stderr is not None
+    seen = b""
+    while not re.search(pattern, seen):
+        part = os.read(process.stderr.fileno(), 4096)
+        assert part, f"ended without {pattern!r}: {seen!r}"
+        seen += part
+
+
+@pytest.mark.parametrize("moment", [rb"start", rb"\[r=[0-9.]+[KMG]iB/s\]"])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
+)
+def test_no_process_is_left_however_it_ends(
+    number: signal.Signals, status: int, moment: bytes
+) -> None:
+    words = ["--runtime=600", "--time_based", "--eta=always", *SMALL]
+    with started(*words, "--name=a", "--name=b", "--ioengine=raw") as bench:
+        wait_for(bench, moment)
+        family = children(bench.pid)
+        bench.send_signal(number)
+        _, said = bench.communicate(timeout=TIMEOUT_S)
+    assert bench.returncode == status
+    assert number == signal.SIGKILL or signal.Signals(number).name.encode() in said
+    assert moment == b"start" or len(family) >= 4
+    assert all(map(has_ended, family))
+
+
+@pytest.mark.asyncio
+async def test_daemons_that_cannot_start_say_why() -> None:
+    with pytest.raises(DaemonFailed, match=r"kvstored 0 ended with status 2:\n.*nonsense"):
+        async with Daemons(2, 1 << 20, ["--nonsense"]):
+            pass
+
+
+@pytest.mark.asyncio
+async def test_daemons_listen_and_are_gone_afterwards() -> None:
+    async with Daemons(2, 1 << 20) as daemons:
+        assert len(set(daemons.endpoints)) == 2
+        assert daemons.failures() == []
+        used = daemons.cpu_ns()
+        assert used is not None
+        assert used > 0
+    assert all(map(has_ended, daemons.pids))

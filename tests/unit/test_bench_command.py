@@ -1,0 +1,79 @@
+"""The command line of `kvbench run`, as far as nothing has to be started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvstore_bench.__main__ import main
+from kvstore_bench.command import flags_with_values
+from kvstore_bench.job import OPTIONS
+
+
+def test_a_flag_alone_does_not_take_the_next_word() -> None:
+    words = ["run", "--time_based", "jobs.ini", "--stonewall", "--verify=0", "--bs=4k"]
+    assert flags_with_values(words) == [
+        "run",
+        "--time_based=1",
+        "jobs.ini",
+        "--stonewall=1",
+        "--verify=0",
+        "--bs=4k",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--name=a", "--bs=12q"], "kvbench: error: command line: bs=12q: a size is"),
+        (["--name=a", "--trials=0"], "--trials=0: must be a whole number from 1 to 1000"),
+        (["--name=a", "--output-format=xml"], "--output-format=xml: must be normal or json"),
+        (["nowhere.ini"], "JOBFILE=nowhere.ini: no such file; ours are limits.ini, small.ini"),
+        (["--name=a", "--output=/nowhere/a"], "--output=/nowhere/a: cannot be written: No such"),
+        (["limits.ini", "--section=kv"], "section=kv: there are raw, kv-read, kv-write"),
+        ([], "give a job file, or --name=NAME"),
+    ],
+)
+def test_what_cannot_be_ends_with_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", *words]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_errors_in_a_file_name_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.ini"
+    path.write_text("[job]\nrw=sideways\n")
+    assert main(["run", str(path)]) == 2
+    assert f"{path}:2 [job]: rw=sideways: must be read" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.ini"
+    path.write_bytes(b"\xff\xfe[job]")
+    assert main(["run", str(path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_help_names_every_option_and_gives_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["run", "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in OPTIONS)
+    assert "examples:" in text
+    assert "exit status:" in text
+
+
+@pytest.mark.parametrize("words", [[], ["walk"], ["run", "--name=a", "--blocksize=4k"]])
+def test_unknown_words_end_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    assert exit.value.code == 2
+    assert "usage:" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""Job files and options: fio's words, and errors that say where."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.errors import ConfigError
+from kvstore_bench.job import (
+    OPTIONS,
+    Assignment,
+    Job,
+    JobError,
+    build_job,
+    parse_duration_s,
+)
+from kvstore_bench.jobfile import assemble, groups
+from tests.support.tree import ROOT
+
+FILE = """
+# a comment
+[global]
+bs=4k
+; another
+time_based
+runtime = 2s
+
+[first]
+rw=randread
+[second]
+bs=1m
+"""
+
+
+def job(**options: str) -> Job:
+    return build_job("job", [Assignment("here", name, value) for name, value in options.items()])
+
+
+def test_sections_have_the_options_of_global_and_their_own() -> None:
+    first, second = assemble([("a.ini", FILE)], [])
+    assert (first.name, first.rw, first.bs, first.runtime) == ("first", "randread", 4096, 2.0)
+    assert (second.name, second.rw, second.bs) == ("second", "read", 1024 * 1024)
+    assert first.time_based
+    assert ("time_based", "1") in first.given
+
+
+def test_a_later_global_holds_for_later_sections_only() -> None:
+    text = "[global]\nbs=4k\n[a]\n[global]\nbs=8k\n[b]\n"
+    assert [one.bs for one in assemble([("f", text)], [])] == [4096, 8192]
+
+
+def test_options_before_the_first_name_replace_those_of_files() -> None:
+    first, second = assemble([("a.ini", FILE)], [("bs", "64k")])
+    assert first.bs == second.bs == 64 * 1024
+
+
+def test_options_after_a_name_belong_to_it() -> None:
+    words = [("size", "1g"), ("name", "a"), ("bs", "4k"), ("name", "b"), ("rw", "write")]
+    a, b = assemble([], words)
+    assert (a.name, a.bs, a.rw, a.size) == ("a", 4096, "read", 1 << 30)
+    assert (b.name, b.bs, b.rw, b.size) == ("b", 1 << 20, "write", 1 << 30)
+
+
+def test_only_the_named_sections_run() -> None:
+    assert [one.name for one in assemble([("a.ini", FILE)], [], ["second"])] == ["second"]
+    with pytest.raises(JobError, match="section=third: there are first, second"):
+        assemble([("a.ini", FILE)], [], ["third"])
+
+
+def test_stonewall_begins_a_group() -> None:
+    text = "[a]\n[b]\n[c]\nstonewall\n[d]\n"
+    found = groups(assemble([("f", text)], []))
+    assert [[one.name for one in group] for group in found] == [["a", "b"], ["c", "d"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bs": "12q"}, r"here: bs=12q: "),
+        ({"bs": "0"}, r"bs=0: must be a multiple of 8"),
+        ({"bs": "4097"}, r"bs=4097: must be a multiple of 8"),
+        ({"bs": "1g"}, r"bs=1g: .*up to 256MiB"),
+        ({"rw": "trim"}, r"rw=trim: must be read or write or"),
+        ({"ioengine": "libaio"}, r"ioengine=libaio: must be kv or raw or null"),
+        ({"iodepth": "0"}, r"iodepth=0: must be a whole number from 1 to 1024"),
+        ({"rwmixread": "101"}, r"rwmixread=101: must be a whole number from 0 to 100"),
+        ({"verify": "yes"}, r"verify=yes: must be 0 or 1"),
+        ({"runtime": "soon"}, r"runtime=soon: a time is"),
+        ({"time_based": "1"}, r"time_based=1: needs runtime"),
+        ({"size": "1m"}, r"size=1m: must hold one I/O: bs \* batch = 16MiB"),
+        ({"layers": "3"}, r"layers=3: must divide bs"),
+        ({"endpoint": "localhost"}, r"endpoint=localhost: must be one of tcp"),
+        ({"path": "relay"}, r"path=relay: must be direct"),
+        ({"ack": "synced"}, r"ack=synced: must be memory"),
+        ({"order": "random"}, r"order=random: must be block or layer"),
+        ({"deadline": "0"}, r"deadline=0: must be above 0"),
+        ({"bs": ""}, r"bs=: needs a value: SIZE"),
+        ({"ioengine": "raw", "rw": "randrw"}, r"rw=randrw: must be read or write"),
+        ({"ioengine": "raw", "verify": "1"}, r"verify=1: ioengine=raw stores nothing"),
+        ({"direct": "1"}, r"direct=1: no such option; there are ioengine, rw"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, str], expected: str) -> None:
+    with pytest.raises(JobError, match=expected):
+        job(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a]\nbs=4k\nrw=sideways\n", r"jobs.ini:3 \[a\]: rw=sideways: must be"),
+        ("[global]\nbss=4k\n[a]\n", r"jobs.ini:2 \[global\]: bss=4k: no such option"),
+        ("bs=4k\n", r"jobs.ini:1: line=bs=4k: stands before the first \[section\]"),
+        ("[a\n", r"jobs.ini:1: section=\[a: must be \[NAME\]"),
+        ("[global]\nbs=4k\n", r"jobs.ini: sections=: a job file needs at least one"),
+        ("[a]\n[a]\n", r"jobs.ini:2: name=a: there is a job of this name already"),
+    ],
+)
+def test_errors_in_files_say_where(text: str, expected: str) -> None:
+    with pytest.raises(JobError, match=expected):
+        assemble([("jobs.ini", text)], [])
+
+
+def test_errors_on_the_command_line_say_so() -> None:
+    with pytest.raises(JobError, match="command line: bs=x: "):
+        assemble([], [("name", "a"), ("bs", "x")])
+    with pytest.raises(JobError, match="give a job file, or --name"):
+        assemble([], [])
+
+
+def test_the_last_of_two_values_counts() -> None:
+    assignments = [Assignment("here", "bs", "4k"), Assignment("here", "bs", "8k")]
+    assert build_job("job", assignments).bs == 8192
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("5", 5.0), ("1.5s", 1.5), ("250ms", 0.25), ("2m", 120.0), ("1h", 3600.0), ("7us", 7e-6)],
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_duration_s(text, "runtime") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1 s", "s", "1w", "1e3"])
+def test_times_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="runtime="):
+        parse_duration_s(text, "runtime")
+
+
+def test_endpoints_are_a_list() -> None:
+    found = job(endpoint="tcp://10.0.0.7:1, unix:///run/k.sock").endpoint
+    assert found == ("tcp://10.0.0.7:1", "unix:///run/k.sock")
+
+
+def test_every_option_is_a_field_and_every_field_an_option() -> None:
+    fields = set(Job.__struct_fields__) - {"name", "given"}
+    assert set(OPTIONS) == fields
+
+
+@pytest.mark.parametrize("name", ["limits.ini", "small.ini"])
+def test_our_own_job_files_are_right(name: str) -> None:
+    path = ROOT / "bench" / "jobs" / name
+    assert assemble([(name, path.read_text())], [])
+
+
+def test_limits_compares_equal_streams() -> None:
+    path = ROOT / "bench" / "jobs" / "limits.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert [one.name for one in jobs] == ["raw", "kv-read", "kv-write"]
+    assert len({(one.bs, one.batch, one.iodepth, one.numjobs, one.size) for one in jobs}) == 1
+    assert jobs[0].size >= 2 << 30
+    assert len(groups(jobs)) == 3

@@ -1,0 +1,204 @@
+"""Results in fio's shapes, and the summary of several trials."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+import pytest
+
+from kvstore_bench.histogram import Histogram
+from kvstore_bench.job import Job
+from kvstore_bench.meter import DirectionTotals, Totals, Usage
+from kvstore_bench.report import as_json, as_text, bandwidth_text, describe, measured
+from kvstore_bench.runner import JobResult
+from kvstore_bench.trials import summarize, summary_text
+
+MIB = 1024 * 1024
+GIB = 1024 * MIB
+MS = 1_000_000
+
+
+def direction(ios: int, io_bytes: int = 16 * MIB, short: int = 0) -> DirectionTotals:
+    latency = Histogram()
+    for number in range(ios):
+        latency.record((5 + number % 3) * MS)
+    found = latency.snapshot()
+    slat = Histogram()
+    if ios:
+        slat.record(20_000)
+    return DirectionTotals(ios * io_bytes, ios, short, slat.snapshot(), found, found)
+
+
+def usage(at_ms: int, user_ms: int = 0, server_ms: int | None = 0) -> Usage:
+    server_ns = None if server_ms is None else server_ms * MS
+    return Usage(at_ms * MS, user_ms * MS, user_ms * MS, server_ns, 3, 0, 1)
+
+
+def clone(
+    reads: int = 0, writes: int = 0, ended_ms: int = 1000, server_ms: int | None = 200
+) -> Totals:
+    outcomes = {"hit": reads * 16} if reads else {"stored": writes * 16}
+    return Totals(
+        read=direction(reads),
+        write=direction(writes),
+        outcomes=outcomes,
+        began=usage(0, 0, None if server_ms is None else 0),
+        ended=usage(ended_ms, 50, server_ms),
+        error="",
+        wrong_blocks=0,
+        checked_blocks=0,
+    )
+
+
+def result(
+    name: str = "kv-read",
+    engine: str = "kv",
+    trial: int = 1,
+    clones: list[Totals] | None = None,
+    error: str = "",
+    server_known: bool = True,
+) -> JobResult:
+    found = [clone(reads=64)] if clones is None else clones
+    return JobResult(
+        job=Job(name=name, ioengine=engine, numjobs=max(1, len(found)), given=(("bs", "1m"),)),
+        trial=trial,
+        group=0,
+        began_at=1_800_000_000.0,
+        elapsed_s=2.0,
+        clones=found,
+        error=error,
+        server_known=server_known,
+    )
+
+
+def test_json_has_fios_names_and_units() -> None:
+    document = as_json([result()], 1_800_000_000.5, {"cpus": 2}, bins=False)
+    assert document["fio version"].startswith("kvbench-")
+    assert document["timestamp_ms"] == 1_800_000_000_500
+    (job,) = document["jobs"]
+    assert (job["jobname"], job["groupid"], job["error"]) == ("kv-read", 0, 0)
+    assert job["job options"] == {"name": "kv-read", "bs": "1m"}
+    read = job["read"]
+    assert (read["io_bytes"], read["total_ios"], read["runtime"]) == (GIB, 64, 1000)
+    assert (read["bw_bytes"], read["bw"], read["iops"]) == (GIB, MIB, 64)
+    assert (read["clat_ns"]["min"], read["clat_ns"]["N"]) == (5 * MS, 64)
+    assert read["clat_ns"]["percentile"]["50.000000"] == pytest.approx(6 * MS, rel=1 / 128)
+    assert job["write"]["total_ios"] == 0
+    assert job["write"]["lat_ns"] == {"min": 0, "max": 0, "mean": 0, "stddev": 0, "N": 0}
+    assert (job["usr_cpu"], job["server_cpu"]) == (5.0, 20.0)
+    assert job["cpu"]["s_per_gib"] == pytest.approx(0.1 + 0.2)
+    assert job["cpu"]["server_us_per_block"] == pytest.approx(200_000 / 1024)
+    assert json.loads(json.dumps(document)) == document
+
+
+def test_json_plus_has_bins() -> None:
+    document = as_json([result()], 0.0, {}, bins=True)
+    assert sum(document["jobs"][0]["read"]["clat_ns"]["bins"].values()) == 64
+
+
+def test_a_job_that_could_not_begin_says_why() -> None:
+    failed = result(clones=[], error="no daemon")
+    document = as_json([failed], 0.0, {}, bins=False)
+    assert (document["jobs"][0]["error"], document["jobs"][0]["error_text"]) == (1, "no daemon")
+    text = as_text([failed], 1)
+    assert "err= 1" in text
+    assert "error: no daemon" in text
+
+
+def test_clones_are_one_row() -> None:
+    # Both watch the same daemon, whose time must not count twice.
+    found = measured(result(clones=[clone(reads=64), clone(reads=64, ended_ms=2000)]))
+    assert found is not None
+    assert (found.runtime_s, found.read.bytes) == (2.0, 2 * GIB)
+    assert found.client_s == pytest.approx(0.2)
+    assert found.server_s == pytest.approx(0.2)
+
+
+def test_clones_of_raw_have_a_server_each() -> None:
+    found = measured(result(engine="raw", clones=[clone(reads=64), clone(reads=64)]))
+    assert found is not None
+    assert found.server_s == pytest.approx(0.4)
+
+
+def test_a_servers_time_that_is_not_known_is_not_made_up() -> None:
+    unknown = result(clones=[clone(reads=64, server_ms=None)], server_known=False)
+    job = as_json([unknown], 0.0, {}, bins=False)["jobs"][0]
+    assert job["server_cpu"] is None
+    assert job["cpu"]["s_per_gib"] is None
+    assert "not known" in as_text([unknown], 1)
+
+
+def test_text_has_fios_shape() -> None:
+    text = as_text([result()], 1)
+    assert "kv-read: (groupid=0, jobs=1): err= 0:" in text
+    assert "  read: IOPS=64, BW=1024MiB/s (1074MB/s)(1GiB/1000msec) (16 blocks an I/O)" in text
+    assert "    slat (nsec): min=20000, max=20000" in text
+    assert " 50.00th=[" in text
+    assert "cpu-s/GiB    : 0.300 = client 0.100 + server 0.200; server 195.31 us a block" in text
+    assert "blocks       : hit=1024" in text
+    assert "Run status group 0 (all jobs):\n   READ: bw=1024MiB/s (1074MB/s), io=1GiB" in text
+    assert "write:" not in text
+
+
+def test_ios_that_lack_blocks_are_shown() -> None:
+    short = msgspec.structs.replace(clone(reads=64), read=direction(64, short=3))
+    assert "short: 3 of 64 I/Os lack blocks" in as_text([result(clones=[short])], 1)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (2499 * 10**6, "2383MiB/s (2499MB/s)"),
+        (20 * 1024.0, "20.0KiB/s (20.5kB/s)"),
+        (10 * 1024.0**2, "10.0MiB/s (10.5MB/s)"),
+        (12.0, "12B/s (12B/s)"),
+        (0.0, "0B/s (0B/s)"),
+    ],
+)
+def test_bandwidth_has_both_prefixes(rate: float, text: str) -> None:
+    assert bandwidth_text(rate) == text
+
+
+def test_a_job_is_described_before_it_runs() -> None:
+    line = describe(Job(name="a", bs=4096, numjobs=2), 3)
+    assert line == "a: (g=3): rw=read, bs=4KiB, batch=16, ioengine=kv, iodepth=2, numjobs=2"
+
+
+def trials(raw: list[int], read: list[int]) -> list[JobResult]:
+    found = []
+    for trial, (limit, ours) in enumerate(zip(raw, read, strict=True), 1):
+        found.append(result("raw", "raw", trial, [clone(reads=limit)]))
+        found.append(result("kv-read", "kv", trial, [clone(reads=ours)]))
+    return found
+
+
+def test_ratios_are_taken_within_a_trial() -> None:
+    # The machine was half as fast in the second trial; the ratio of medians would be 0.9.
+    raw, ours = summarize(trials([100, 50, 100], [80, 45, 90]))
+    assert raw["ratio"] == 1.0
+    assert (ours["trials"], ours["reference"]) == (3, "raw")
+    assert (ours["ratio"], ours["ratio_min"], ours["ratio_max"]) == (0.9, 0.8, 0.9)
+    assert ours["bw_bytes"] == 80 * 16 * MIB
+
+
+def test_failed_trials_are_left_out() -> None:
+    results = trials([100, 100], [80, 90])
+    results[1] = result("kv-read", "kv", 1, [clone(reads=1)], error="timeout")
+    _, ours = summarize(results)
+    assert (ours["trials"], ours["ratio"]) == (1, 0.9)
+    results[3] = result("kv-read", "kv", 2, [], error="timeout")
+    _, ours = summarize(results)
+    assert (ours["trials"], ours["ratio"], ours["bw_bytes"]) == (0, None, None)
+
+
+def test_without_a_limit_there_are_no_ratios() -> None:
+    (only,) = summarize([result(trial=1), result(trial=2)])
+    assert (only["reference"], only["ratio"]) == ("", None)
+    assert "kv-read" in summary_text([only])
+
+
+def test_the_summary_is_a_table() -> None:
+    text = summary_text(summarize(trials([100, 50, 100], [80, 45, 90])))
+    assert "of raw" in text
+    assert "0.90    [0.80-0.90]  0.240" in text

@@ -1,0 +1,153 @@
+"""The loop of an engine, the size of an arena, the gate and the progress line."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Awaitable, Sequence
+
+import pytest
+
+from kvstore_bench.engines.base import Completion, OnStep, SlotEngine, Task
+from kvstore_bench.engines.null import NullEngine
+from kvstore_bench.job import Job
+from kvstore_bench.meter import Meter
+from kvstore_bench.progress import ProgressLine, Quiet
+from kvstore_bench.runner import Gate, arena_bytes
+from kvstore_bench.worker import Progress, Step
+from kvstore_bench.workload import Operation, Workload
+
+MIB = 1024 * 1024
+
+
+class ScriptedEngine(SlotEngine):
+    """Answers I/O n with the n-th completion of a script, the last one for ever."""
+
+    def __init__(self, job: Job, script: Sequence[Completion], wrong: int = 0) -> None:
+        super().__init__(Task(job=job))
+        self.script = list(script)
+        self.wrong = wrong
+        self.in_flight = 0
+        self.in_flight_max = 0
+
+    async def open(self, workload: Workload, on_step: OnStep) -> None: ...
+
+    def prepare(self, slot: int, operation: Operation) -> None: ...
+
+    def submit(self, slot: int, operation: Operation) -> Awaitable[Completion]:
+        self.in_flight += 1
+        self.in_flight_max = max(self.in_flight_max, self.in_flight)
+        return self._answer()
+
+    def check(self, slot: int, operation: Operation, good: Sequence[bool]) -> int:
+        return self.wrong
+
+    async def _answer(self) -> Completion:
+        await asyncio.sleep(0)
+        self.in_flight -= 1
+        return self.script.pop(0) if len(self.script) > 1 else self.script[0]
+
+
+def small_job(**options: object) -> Job:
+    return Job(name="job", bs=4096, batch=2, size=80 * 1024, **options)  # type: ignore[arg-type]
+
+
+async def run(engine: SlotEngine) -> Meter:
+    meter = Meter(engine.job, (), lambda read, written: None)
+    await engine.run(Workload(engine.job, 0), meter)
+    return meter
+
+
+GOOD = Completion([True, True], ["hit", "hit"])
+SHORT = Completion([True, False], ["hit", "miss"])
+FAILED = Completion([False, False], ["timeout", "timeout"], "read: 2 of 2 blocks TIMEOUT")
+
+
+@pytest.mark.asyncio
+async def test_iodepth_ios_are_in_flight_until_size_is_done() -> None:
+    engine = ScriptedEngine(small_job(iodepth=3), [GOOD])
+    meter = await run(engine)
+    assert (engine.in_flight_max, engine.in_flight) == (3, 0)
+    assert (meter.read.ios, meter.read.bytes, meter.read.short_ios) == (10, 80 * 1024, 0)
+    assert meter.outcomes == {"hit": 20}
+
+
+@pytest.mark.asyncio
+async def test_blocks_that_are_missing_do_not_count_as_bytes() -> None:
+    meter = await run(ScriptedEngine(small_job(), [SHORT, GOOD]))
+    assert (meter.read.ios, meter.read.bytes, meter.read.short_ios) == (10, 76 * 1024, 1)
+    assert meter.outcomes == {"hit": 19, "miss": 1}
+    assert meter.error == ""
+
+
+@pytest.mark.asyncio
+async def test_an_error_ends_the_job() -> None:
+    meter = await run(ScriptedEngine(small_job(iodepth=1), [GOOD, FAILED, GOOD]))
+    assert meter.error == "read: 2 of 2 blocks TIMEOUT"
+    assert meter.read.ios == 2
+
+
+@pytest.mark.asyncio
+async def test_wrong_bytes_end_the_job_and_are_counted() -> None:
+    meter = await run(ScriptedEngine(small_job(iodepth=1, verify=True), [GOOD], wrong=1))
+    assert meter.totals().wrong_blocks == 1
+    assert meter.totals().error == "1 blocks of I/O 0 hold wrong bytes"
+    assert meter.read.ios == 1
+
+
+@pytest.mark.asyncio
+async def test_null_says_of_both_kinds_what_a_store_would() -> None:
+    meter = await run(NullEngine(Task(job=small_job(rw="rw", iodepth=2))))
+    assert meter.read.ios + meter.write.ios == 10
+    assert set(meter.outcomes) == {"hit", "stored"}
+
+
+def test_a_reading_job_gets_an_arena_that_holds_all_of_it() -> None:
+    job = Job(name="a", size=64 * MIB, iodepth=1)
+    assert 64 * MIB < arena_bytes(job) < 256 * MIB
+    assert arena_bytes(Job(name="a", size=64 * MIB, iodepth=1, numjobs=3)) == 3 * arena_bytes(job)
+
+
+def test_a_writing_job_gets_an_arena_of_size_so_that_it_evicts() -> None:
+    assert arena_bytes(Job(name="a", rw="write", size=64 * MIB)) == 64 * MIB
+
+
+def test_small_blocks_take_a_page_each() -> None:
+    assert arena_bytes(Job(name="a", rw="write", bs=512, size=MIB)) == 8 * MIB
+
+
+@pytest.mark.asyncio
+async def test_the_gate_opens_when_all_are_there_or_have_failed() -> None:
+    opened: list[bool] = []
+    gate = Gate(3, lambda: opened.append(True))
+    waiting = [asyncio.create_task(gate.ready()) for _ in range(2)]
+    await asyncio.sleep(0)
+    assert not opened
+    gate.dropped()
+    await asyncio.gather(*waiting)
+    assert opened == [True]
+
+
+def test_the_progress_line_says_how_far_it_is() -> None:
+    stream = io.StringIO()
+    line = ProgressLine(stream, trials=5)
+    job = Job(name="kv", rw="randrw", size=4 * MIB)
+    line.group_begins(2, [job])
+    line.report(job, 0, Step("store working set", MIB, 4 * MIB))
+    line.going()
+    line.report(job, 0, Progress(MIB, MIB))
+    line.warning("lost the daemon")
+    line.group_ends([])
+    shown = stream.getvalue().split("\r\x1b[K")
+    assert shown[1:3] == ["[2/5] kv: start", "[2/5] kv: store working set 1MiB/4MiB"]
+    assert shown[3].startswith("[2/5] Jobs: 1 (f=1): [m(1)][50.0%][r=")
+    assert shown[4:] == ["kvbench: lost the daemon\n", ""]
+
+
+def test_without_a_terminal_only_warnings_are_shown() -> None:
+    stream = io.StringIO()
+    quiet = Quiet(stream)
+    quiet.group_begins(1, [Job(name="kv")])
+    quiet.report(Job(name="kv"), 0, Progress(1, 1))
+    quiet.warning("lost the daemon")
+    assert stream.getvalue() == "kvbench: lost the daemon\n"
