@@ -20,6 +20,10 @@ from kvstore.layout import Layout, PieceMap
 from kvstore.loadreport import BufferLoad, DiskLoad
 from kvstore.messages import AckLevel, FetchOutcome, NamespaceInfo, Pool, PoolInfo, PutOutcome
 
+# What travels beside the payload of a chunk must fit into the metadata of its frame (1 MiB), with
+# room for 4,096 indices of failed keys. Layers of a few bytes have more checksums than payload.
+CHECKSUM_BYTES_PER_CHUNK_MAX = 512 * 1024
+
 
 class Chunk(NamedTuple):
     """Payload for one DATA frame.
@@ -30,7 +34,8 @@ class Chunk(NamedTuple):
         buffers: The bytes, from here on through consecutive pieces. They stay valid and
             unchanged until `release` is called.
         length: Sum of the lengths of `buffers`.
-        checksums: Layer checksums of every piece of which the first byte is in this chunk.
+        checksums: Layer checksums of every piece of which the first byte is in this chunk, at
+            most `CHECKSUM_BYTES_PER_CHUNK_MAX`.
         release: Called once, when the transport has let go of the buffers (all sent, or the
             connection is gone).
         failed: Indices of keys that were found missing since the last chunk, as early news.

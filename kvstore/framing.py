@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from kvstore.checksum import short_checksum
@@ -77,34 +77,34 @@ class FrameReader:
             self.requested_bytes = sum(map(len, views))
         return views
 
-    def received(self, count: int) -> list[Frame]:
+    def received(self, count: int) -> Iterator[Frame]:
         """Account for `count` bytes that were written into the last `buffers()`.
 
-        Returns:
-            The frames that are complete now.
+        Must be iterated to its end. Each frame that is complete now is handed out *before*
+        the next one is looked at: where a payload belongs depends on what the frames before
+        it have said, and the call that completes a frame may bring the next header along.
 
         Raises:
             RemoteProtocolError: The stream is not ours, or broken; it can't be used any more.
         """
-        frames: list[Frame] = []
         while True:
             if self._header is None:
                 take = min(count, HEADER_BYTES - self._header_filled)
                 self._header_filled += take
                 count -= take
                 if self._header_filled < HEADER_BYTES:
-                    return frames
+                    return
                 self._header_filled = 0
                 self._begin(decode_header(self._header_view))
             take = min(count, self._body_left)
             self._advance(take)
             count -= take
             if self._body_left:
-                return frames
-            frames.append(self._end())
+                return
+            yield self._end()
 
     def feed(self, data: Buffer) -> list[Frame]:
-        """Copy `data` to where it belongs: for streams that hand out bytes, and for tests."""
+        """Copy `data` to where it belongs: for streams that carry no payload, and for tests."""
         frames: list[Frame] = []
         source = memoryview(data)
         while len(source):
@@ -202,7 +202,7 @@ class FrameWriter:
     def push(
         self, buffers: Iterable[Buffer], length: int, on_sent: Callable[[], None] | None = None
     ) -> None:
-        """Queue buffers of `length` bytes in all.
+        """Queue buffers of `length` bytes in all, more than none.
 
         They must stay unchanged until `on_sent` is called: when the last byte was sent, or
         by `abort`.
@@ -233,6 +233,8 @@ class FrameWriter:
                 break
             count -= size
             views.popleft()
+        while views and not len(views[0]):
+            views.popleft()  # or it would be offered for ever
         ends = self._ends
         while ends and ends[0][0] <= self._sent_total:
             ends.popleft()[1]()
@@ -240,6 +242,6 @@ class FrameWriter:
     def abort(self) -> None:
         """Forget what is queued and give all buffers back: the connection is gone."""
         self._views.clear()
-        self._sent_total = self._pushed_total
+        self._pushed_total = self._sent_total
         while self._ends:
             self._ends.popleft()[1]()

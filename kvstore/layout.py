@@ -25,6 +25,10 @@ BLOCK_BYTES_MAX = 256 * 1024 * 1024
 # More layers than any published model has; bounds the checksums that travel with a block.
 LAYERS_MAX = 1024
 POOL_NAME_BYTES_MAX = 128
+# All texts of a layout together, several times what engines put there. A server keeps layouts
+# for as long as it has namespaces of them, and repeats them in replies.
+LAYOUT_TEXT_MAX = 4096
+LAYOUT_EXTRAS_MAX = 64
 NAMESPACE_ID_BYTES = 32
 
 _NAMESPACE_PREFIX = b"kvstore namespace 1\n"
@@ -93,6 +97,14 @@ def check_layout(layout: Layout) -> None:
                 f"{axis}_rank={rank}: must be 0 to {axis}_size - 1 = {size - 1}"
             )
     names = [name for name, _ in layout.extras]
+    if len(names) > LAYOUT_EXTRAS_MAX:
+        raise LocalProtocolError(f"{len(names)} extras, at most {LAYOUT_EXTRAS_MAX} are allowed")
+    texts = [value for value in msgspec.structs.astuple(layout) if isinstance(value, str)]
+    text_length = sum(map(len, itertools.chain(texts, *layout.extras)))
+    if text_length > LAYOUT_TEXT_MAX:
+        raise LocalProtocolError(
+            f"{text_length} characters of text in a layout, at most {LAYOUT_TEXT_MAX} are allowed"
+        )
     if names != sorted(set(names)):
         raise LocalProtocolError(f"extras={names}: names must be sorted and unique")
 
@@ -150,8 +162,9 @@ def generation_id(pool: str, layout: Layout) -> bytes:
 def differing_field(ours: Layout, theirs: Layout) -> str | None:
     """The first field, ranks aside, in which two layouts differ; None if they agree."""
     mine, other = generation_fields(ours), generation_fields(theirs)
+    # Layer sizes count only where both layouts have one pipeline stage; else `pp_size` tells.
     for name in ours.__struct_fields__:
-        if mine.get(name) != other.get(name):
+        if name in mine and name in other and mine[name] != other[name]:
             return name
     return None
 

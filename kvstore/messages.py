@@ -35,8 +35,15 @@ from kvstore.wire import METADATA_BYTES_MAX, FrameType
 # Bounds the work of one frame on the server's loop to about 2 ms, and the size of a reply.
 KEYS_PER_REQUEST_MAX = 4096
 NAMESPACES_PER_LOOKUP_MAX = 256  # more ranks than any published deployment has
+# Keys times namespaces of one LOOKUP: 8 ranks for 4,096 keys twice over, about 5 ms of work.
+LOOKUP_PROBES_MAX = 65_536
 LEASE_MS_MAX = 60_000
 DEADLINE_MS_MAX = 600_000
+# The longest array in any message has an item a key (or a namespace of a daemon). Decoders
+# allocate what an array claims to hold, and arrays nest: 4,096 items are 32 KiB a level.
+ARRAY_ITEMS_MAX = KEYS_PER_REQUEST_MAX
+# Errors quote what a peer sent; the quotation of a megabyte helps nobody.
+ERROR_TEXT_MAX = 1000
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES_MIN, max_length=KEY_BYTES_MAX)]
 NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NAMESPACE_ID_BYTES)]
@@ -131,11 +138,21 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 class Limits(Message, frozen=True, kw_only=True):
     """What a server takes at most; in WELCOME, so that clients split before they send."""
 
-    keys_per_request: Count = KEYS_PER_REQUEST_MAX
-    metadata_bytes: Count = METADATA_BYTES_MAX
+    keys_per_request: Annotated[int, Meta(ge=1, le=(1 << 62))] = KEYS_PER_REQUEST_MAX
+    metadata_bytes: Annotated[int, Meta(ge=1024, le=(1 << 62))] = METADATA_BYTES_MAX
     in_flight_bytes: Count = 64 * 1024 * 1024
     deadline_ms: Count = DEADLINE_MS_MAX
     lease_ms: Count = LEASE_MS_MAX
+
+    def within_ours(self) -> Limits:
+        """What both sides take: a newer server may allow more than this build can send."""
+        return msgspec.structs.replace(
+            self,
+            keys_per_request=min(self.keys_per_request, KEYS_PER_REQUEST_MAX),
+            metadata_bytes=min(self.metadata_bytes, METADATA_BYTES_MAX),
+            deadline_ms=min(self.deadline_ms, DEADLINE_MS_MAX),
+            lease_ms=min(self.lease_ms, LEASE_MS_MAX),
+        )
 
 
 class Hello(Message, frozen=True, kw_only=True):
@@ -147,7 +164,9 @@ class Hello(Message, frozen=True, kw_only=True):
     role: Role
     session: Annotated[bytes, Meta(min_length=16, max_length=16)]
     channel: Channel
-    capabilities: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
+    capabilities: Annotated[
+        tuple[Annotated[str, Meta(max_length=64)], ...], Meta(max_length=64)
+    ] = ()
     token: Annotated[str, Meta(max_length=4096)] = ""
 
 
@@ -277,7 +296,7 @@ class Put(Message, frozen=True, kw_only=True):
 class Want(Message, frozen=True, kw_only=True):
     """Blocks of a PUT that the server has reserved space for; may come several times."""
 
-    indices: Annotated[tuple[int, ...], Meta(max_length=KEYS_PER_REQUEST_MAX)]
+    indices: Annotated[tuple[int, ...], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
 
 
 class PutDone(Message, frozen=True, kw_only=True):
@@ -453,15 +472,20 @@ def error_to_exception(error: Error) -> RefusedError:
     return _ERROR_CLASSES.get(error.code, RefusedError)(error.message)
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= ERROR_TEXT_MAX else text[:ERROR_TEXT_MAX] + "…"
+
+
 def exception_to_error(exception: Exception) -> Error:
     """The ERROR frame that stands for an exception on the side that refuses."""
+    message = _cut(str(exception))
     if isinstance(exception, LayoutMismatch):
-        return Error(code=ErrorCode.LAYOUT, message=str(exception), field=exception.field)
+        return Error(code=ErrorCode.LAYOUT, message=message, field=exception.field)
     for cls, code in _ERROR_CODES.items():
         if isinstance(exception, cls):
-            return Error(code=code, message=str(exception))
+            return Error(code=code, message=message)
     code = ErrorCode.REFUSED if isinstance(exception, RefusedError) else ErrorCode.PROTOCOL
-    return Error(code=code, message=str(exception))
+    return Error(code=code, message=message)
 
 
 #: What the metadata of each request holds. Types that are missing are answered with
@@ -526,7 +550,7 @@ def decode(metadata: bytes | bytearray | memoryview, type: type[MessageT]) -> Me
 
 
 def unpack(metadata: bytes | bytearray | memoryview) -> Any:
-    """MessagePack to Python values, with every length bounded by the frame's own.
+    """MessagePack to Python values, with every length bounded.
 
     Raises:
         RemoteProtocolError: Not MessagePack.
@@ -541,14 +565,19 @@ def unpack(metadata: bytes | bytearray | memoryview) -> Any:
             strict_map_key=True,
             max_bin_len=length,
             max_str_len=length,
-            max_array_len=length,
+            max_array_len=min(length, ARRAY_ITEMS_MAX),
             max_map_len=length,
             max_ext_len=0,
+            ext_hook=_refuse_extension,
         )
     except (ValueError, msgpack.exceptions.UnpackException) as error:
         raise RemoteProtocolError(
             f"metadata of {length} bytes is not MessagePack: {error or type(error).__name__}"
         ) from error
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise ValueError(f"extension type {code}: messages have none")
 
 
 def validate(values: Any, type: type[MessageT]) -> MessageT:
@@ -558,6 +587,7 @@ def validate(values: Any, type: type[MessageT]) -> MessageT:
         RemoteProtocolError: Says which field is wrong and what was expected.
     """
     try:
-        return msgspec.convert(values, type)
+        # MessagePack has bytes of its own: text in their place is no base64, but a mistake.
+        return msgspec.convert(values, type, builtin_types=(bytes,))
     except (msgspec.ValidationError, OverflowError) as error:
-        raise RemoteProtocolError(f"{type.__name__}: {error}") from error
+        raise RemoteProtocolError(f"{type.__name__}: {_cut(str(error))}") from error

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import abc
 import bisect
+import contextlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,9 +85,15 @@ from kvstore.wire import (
 FILL_BYTES = PAYLOAD_BYTES_MAX
 # Fetches and puts under way on one connection; an engine batches, it does not flood.
 REQUESTS_PER_CONNECTION_MAX = 256
+# Requests of ours without a reply. Who waits for one gives up at some time, the peer does not;
+# with this many it is no peer to talk to.
+CALLS_MAX = 16_384
 # Ids of puts that ended while their bytes may still be arriving. A client stops sending when
 # it learns of the end, so only the newest matter.
 ENDED_PUTS_MAX = 1024
+# What a server holds for a peer that asks and does not read: two chunks of payload, which is
+# most of the time in memory that exists anyway, and as much again of replies.
+OUTPUT_BYTES_MAX = 4 * PAYLOAD_BYTES_MAX
 
 Reply = msgspec.Struct | Exception
 
@@ -99,6 +106,8 @@ class FrameProtocol(abc.ABC):
         self.writer = FrameWriter()
         #: Set by the shell: something was queued outside of `receive` and `fill`.
         self.on_output: Callable[[], None] = lambda: None
+        #: Why the connection is gone; None while it is not.
+        self.lost_by: Exception | None = None
 
     def receive(self, count: int) -> None:
         """Account for received bytes and handle the frames that are complete.
@@ -108,6 +117,8 @@ class FrameProtocol(abc.ABC):
         """
         for frame in self.reader.received(count):
             self._frame(frame)
+            if self.lost_by is not None:
+                break
 
     @abc.abstractmethod
     def fill(self) -> None:
@@ -115,7 +126,7 @@ class FrameProtocol(abc.ABC):
 
     @abc.abstractmethod
     def lost(self, error: Exception) -> None:
-        """The connection is gone: everything under way ends."""
+        """The connection is gone: everything under way ends, every buffer is given back."""
 
     @abc.abstractmethod
     def refuse(self, error: Exception) -> None:
@@ -132,16 +143,20 @@ class FrameProtocol(abc.ABC):
     ) -> None:
         metadata = encode(message)
         header = encode_header(type, request_id, metadata, flags=flags)
-        self.writer.push((header, metadata), HEADER_BYTES + len(metadata))
+        self.writer.push((header + metadata,), HEADER_BYTES + len(metadata))
         self.on_output()
 
     def _send_chunk(self, request_id: int, chunk: Chunk) -> None:
         metadata = b""
         if chunk.checksums or chunk.failed:
             metadata = encode(Data(checksums=chunk.checksums, failed=chunk.failed))
-        header = encode_header(
-            FrameType.DATA, request_id, metadata, chunk.length, chunk.piece, chunk.piece_offset
-        )
+        try:
+            header = encode_header(
+                FrameType.DATA, request_id, metadata, chunk.length, chunk.piece, chunk.piece_offset
+            )
+        except LocalProtocolError:
+            chunk.release()  # nobody else knows of it
+            raise
         self.writer.push(
             (header, metadata, *chunk.buffers) if metadata else (header, *chunk.buffers),
             HEADER_BYTES + len(metadata) + chunk.length,
@@ -152,14 +167,17 @@ class FrameProtocol(abc.ABC):
 class _Call:
     """A request of ours that waits for its reply."""
 
-    __slots__ = ("on_reply", "on_report", "transfer")
+    __slots__ = ("on_reply", "on_report", "replied", "transfer", "type")
 
     def __init__(
         self,
+        type: FrameType,
         on_reply: Callable[[Reply], None],
         transfer: FetchTransfer | PutTransfer | None = None,
         on_report: Callable[[LoadReport], None] | None = None,
     ) -> None:
+        self.type = type
+        self.replied = False
         self.on_reply = on_reply
         self.transfer = transfer
         self.on_report = on_report
@@ -197,8 +215,8 @@ class ClientProtocol(FrameProtocol):
         self, request_id: int, type: FrameType, message: Message, on_reply: Callable[[Reply], None]
     ) -> None:
         """Send a request with one reply. `on_reply` gets it, or a RefusedError, or the
-        TransportError that ended the connection."""
-        self._begin(request_id, type, message, _Call(on_reply))
+        error that ended the connection (at once if it is gone already)."""
+        self._begin(request_id, message, _Call(type, on_reply))
 
     def subscribe(
         self,
@@ -208,7 +226,8 @@ class ClientProtocol(FrameProtocol):
         on_report: Callable[[LoadReport], None],
     ) -> None:
         """Ask for load reports; `on_report` gets them until the connection closes."""
-        self._begin(request_id, FrameType.SUBSCRIBE, message, _Call(on_reply, None, on_report))
+        call = _Call(FrameType.SUBSCRIBE, on_reply, None, on_report)
+        self._begin(request_id, message, call)
 
     def fetch(
         self,
@@ -218,7 +237,7 @@ class ClientProtocol(FrameProtocol):
         on_reply: Callable[[Reply], None],
     ) -> None:
         """Send a FETCH. `on_reply` gets the DONE after `transfer.done` has taken it."""
-        self._begin(request_id, FrameType.FETCH, message, _Call(on_reply, transfer))
+        self._begin(request_id, message, _Call(FrameType.FETCH, on_reply, transfer))
 
     def put(
         self,
@@ -228,7 +247,7 @@ class ClientProtocol(FrameProtocol):
         on_reply: Callable[[Reply], None],
     ) -> None:
         """Send a PUT. `on_reply` gets the PUT_DONE after `transfer.done` has taken it."""
-        self._begin(request_id, FrameType.PUT, message, _Call(on_reply, transfer))
+        self._begin(request_id, message, _Call(FrameType.PUT, on_reply, transfer))
 
     def abandon(self, request_id: int) -> None:
         """Give up the memory of a fetch or a put at once; its DONE may still come.
@@ -256,22 +275,38 @@ class ClientProtocol(FrameProtocol):
                 self._send_chunk(request_id, chunk)
 
     def lost(self, error: Exception) -> None:
+        self.lost_by = error
         calls, self._calls = self._calls, {}
         self._puts.clear()
-        for call in calls.values():
-            if call.transfer is not None and isinstance(call.transfer, FetchTransfer):
+        for request_id, call in calls.items():
+            if isinstance(call.transfer, FetchTransfer):
                 call.transfer.abandon()
-        self.writer.abort()
-        for call in calls.values():
-            call.on_reply(error)
+                self.reader.divert(request_id)
+            elif isinstance(call.transfer, PutTransfer):
+                call.transfer.stop()
+        # The last one first; all of them, even if one fails.
+        with contextlib.ExitStack() as ending:
+            for call in reversed(calls.values()):
+                ending.callback(call.on_reply, error)
+            ending.callback(self.writer.abort)
 
     def refuse(self, error: Exception) -> None:
         """A server has no use for our opinion: closing says enough."""
 
-    def _begin(self, request_id: int, type: FrameType, message: Message, call: _Call) -> None:
+    def _begin(self, request_id: int, message: Message, call: _Call) -> None:
         if request_id in self._calls or request_id == 0:
             raise LocalProtocolError(f"request id {request_id} is in use")
-        self._send(type, request_id, message)
+        if self.lost_by is not None:
+            call.on_reply(self.lost_by)
+            return
+        if len(self._calls) >= CALLS_MAX:
+            call.on_reply(
+                TransportError(
+                    f"{len(self._calls)} requests are without a reply, the limit is {CALLS_MAX}"
+                )
+            )
+            return
+        self._send(call.type, request_id, message)
         self._calls[request_id] = call
 
     def _route(self, header: Header) -> Sequence[memoryview]:
@@ -313,8 +348,8 @@ class ClientProtocol(FrameProtocol):
                 f"the peer chose version {message.version},"
                 f" this side speaks {VERSION_MIN} to {VERSION_MAX}"
             )
-        self.welcome = message
-        self._on_welcome(message)
+        self.welcome = msgspec.structs.replace(message, limits=message.limits.within_ours())
+        self._on_welcome(self.welcome)
 
     def _reply(self, header: Header, message: Any, call: _Call) -> None:
         transfer = call.transfer
@@ -322,6 +357,8 @@ class ClientProtocol(FrameProtocol):
             del self._calls[header.request_id]
             if isinstance(transfer, PutTransfer):
                 transfer.stop()
+            elif isinstance(transfer, FetchTransfer):
+                transfer.abandon()
             call.on_reply(error_to_exception(message))
         elif isinstance(message, LoadReport):
             if call.on_report is None:
@@ -346,7 +383,13 @@ class ClientProtocol(FrameProtocol):
             transfer.stop()
             del self._calls[header.request_id]
             call.on_reply(message)
-        elif transfer is None and header.flags & Flags.REPLY:
+        elif (
+            transfer is None
+            and header.type is call.type
+            and header.flags & Flags.REPLY
+            and not call.replied
+        ):
+            call.replied = True
             if call.on_report is None:
                 del self._calls[header.request_id]
             call.on_reply(message)
@@ -405,6 +448,8 @@ class _PutReceiver:
 
     def completed(self, header: Header) -> list[int]:
         """Blocks whose last byte was in this frame."""
+        if not header.payload_length:
+            return []  # nobody has checked where it claims to begin
         count = -(-(header.piece_offset + header.payload_length) // self.block_bytes)
         done = [
             index
@@ -508,16 +553,19 @@ class ServerProtocol(FrameProtocol):
                 position += 1  # waits for its source; others may go on
 
     def lost(self, error: Exception) -> None:
+        self.lost_by = error
         fetches, self._fetches = self._fetches, []
         puts, self._puts = self._puts, {}
-        for _, _, request_id, fetch in fetches:
-            fetch.stop(FetchOutcome.UNAVAILABLE)
-            self._hooks.fetch_done(request_id, fetch)
-        for request_id, put in puts.items():
-            self.reader.divert(request_id)
-            put.stream.stop(PutOutcome.UNAVAILABLE)
-            self._hooks.put_done(request_id, put.stream)
-        self.writer.abort()
+        # The last one first; all of them, even if one fails.
+        with contextlib.ExitStack() as ending:
+            ending.callback(self.writer.abort)
+            for request_id, put in puts.items():
+                self.reader.divert(request_id)
+                ending.callback(self._hooks.put_done, request_id, put.stream)
+                ending.callback(put.stream.stop, PutOutcome.UNAVAILABLE)
+            for _, _, request_id, fetch in fetches:
+                ending.callback(self._hooks.fetch_done, request_id, fetch)
+                ending.callback(fetch.stop, FetchOutcome.UNAVAILABLE)
 
     def refuse(self, error: Exception) -> None:
         message = exception_to_error(error)
@@ -543,14 +591,6 @@ class ServerProtocol(FrameProtocol):
 
     def _frame(self, frame: Frame) -> None:
         header, metadata = frame
-        message_type = REQUESTS.get(header.type)
-        if message_type is None:
-            if self.peer is None:
-                raise RemoteProtocolError(f"{header.type.name} before HELLO")
-            self.refuse_request(
-                header.request_id, Unsupported(f"{header.type.name} is not supported here")
-            )
-            return
         if header.type is FrameType.DATA:
             self._data(header)
             return
@@ -561,7 +601,15 @@ class ServerProtocol(FrameProtocol):
             return
         if header.request_id == 0 or header.type is FrameType.HELLO:
             raise RemoteProtocolError(f"{header.type.name} with id {header.request_id}")
+        if self.writer.queued_bytes > OUTPUT_BYTES_MAX:
+            raise LimitExceeded(
+                f"{self.writer.queued_bytes} bytes wait for a peer that asks and does not"
+                f" read, the limit is {OUTPUT_BYTES_MAX}"
+            )
         try:
+            message_type = REQUESTS.get(header.type)
+            if message_type is None:
+                raise Unsupported(f"{header.type.name} is not supported here")
             message = decode(metadata, message_type)
             self._hooks.request(header.type, header.request_id, message)
         except KVStoreError as error:

@@ -103,9 +103,9 @@ class LoadReporter:
         self._arm()
 
     def state_changed(self) -> None:
-        """What the node says of itself has changed: the next report is a new one."""
-        self._report = None
-        self.touch()
+        """What the node says of itself has changed: subscribers hear of it at once, and not
+        only after the gap, since a node that drains may be gone by then."""
+        self._push(list(self._subscribers.values()))
 
     def subscribe(self, push: Push, interval_ms: int) -> None:
         """Call `push` with a report at least every `interval_ms`, and soon after changes."""
@@ -204,12 +204,25 @@ class LoadReporter:
     def _tick(self) -> None:
         self._timer = None
         now = self._server.loop.time()
-        for group in list(self._subscribers.values()):
-            if group.schedule.due(now):
-                group.schedule.pushed(now)
-                report = self.make()
+        due = [group for group in self._subscribers.values() if group.schedule.due(now)]
+        if due:
+            self._push(due)
+        else:  # a loop may wake us a moment early
+            self._arm()
+
+    def _push(self, groups: list[_Subscribers]) -> None:
+        """Push to all of these what is so now: a sample of before the change would be
+        believed until the next push."""
+        now = self._server.loop.time()
+        for group in groups:
+            group.schedule.pushed(now)
+        try:
+            made = self._report = self._sample(now)
+            for group in groups:
+                report = made
                 if group.interval_ms != _INTERVAL_MS:
-                    report = msgspec.structs.replace(report, interval_ms=group.interval_ms)
+                    report = msgspec.structs.replace(made, interval_ms=group.interval_ms)
                 for push in list(group.pushes):
                     push(report)
-        self._arm()
+        finally:
+            self._arm()

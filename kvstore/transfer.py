@@ -48,13 +48,7 @@ def as_memory(buffer: object, what: str, size_bytes: int, writable: bool) -> mem
         raise LocalProtocolError(f"{what}: the buffer is read-only")
     if view.nbytes != size_bytes:
         raise LocalProtocolError(f"{what}: {view.nbytes} bytes, expected {size_bytes}")
-    try:
-        return view if view.format == "B" and view.ndim == 1 else view.cast("B")
-    except (TypeError, ValueError) as error:
-        raise LocalProtocolError(
-            f"{what}: items of format {view.format!r} are unknown here; an array has the"
-            " same bytes as array.view('u1')"
-        ) from error
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 def slice_memory(
@@ -178,6 +172,7 @@ class FetchTransfer:
         piece, offset, left = header.piece, header.piece_offset, header.payload_length
         self.received_bytes += left
         at = 0
+        complete: list[tuple[int, int, int]] = []
         while left:
             group, index = divmod(piece, pieces.key_count)
             first, last, _, size = pieces.group_ranges[group]
@@ -187,7 +182,7 @@ class FetchTransfer:
                 at += length
             take = min(left, size - offset)
             if offset + take == size:
-                self._complete(piece, group, index)
+                complete.append((piece, group, index))
             left -= take
             piece += 1
             offset = 0
@@ -195,6 +190,8 @@ class FetchTransfer:
             raise RemoteProtocolError(
                 f"DATA with {len(checksums)} bytes of checksums, expected {at}"
             )
+        for piece, group, index in complete:
+            self._complete(piece, group, index)
         for index in failed:
             if not 0 <= index < pieces.key_count:
                 raise RemoteProtocolError(

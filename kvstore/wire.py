@@ -24,7 +24,8 @@ All integers are little-endian. The header checksum (xxh32 of bytes 0 to 43) cov
 header, so that its lengths can be trusted before anything else is read. `piece` and `piece
 offset` say where the payload of a DATA frame belongs (see `kvstore.layout.PieceMap`); they
 are in the header and not in the metadata so that the receiver knows the destination before
-it reads the payload, and reads it there with one system call. They are zero in other frames.
+it reads the payload, and reads it there with one system call. They are zero in other frames,
+and only DATA frames have a payload.
 """
 
 from __future__ import annotations
@@ -199,8 +200,11 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise RemoteProtocolError(
             f"payload of {payload_length} bytes, the limit is {PAYLOAD_BYTES_MAX}"
         )
-    if payload_length and frame_type is not FrameType.DATA:
-        raise RemoteProtocolError(f"{frame_type.name} with a payload of {payload_length} bytes")
+    if frame_type is not FrameType.DATA and (payload_length or piece or piece_offset):
+        raise RemoteProtocolError(
+            f"{frame_type.name} with a payload of {payload_length} bytes for byte"
+            f" {piece_offset} of piece {piece}: only DATA has one"
+        )
     return Header(
         frame_type,
         flags,

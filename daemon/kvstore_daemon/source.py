@@ -21,7 +21,8 @@ from kvstore.messages import (
     PoolAction,
     PoolInfo,
 )
-from kvstore_daemon.engine.policy import EvictionPolicy, Fifo
+from kvstore_daemon.engine.eviction import GuardedLru
+from kvstore_daemon.engine.policy import EvictionPolicy
 from kvstore_daemon.engine.pools import Namespace
 from kvstore_daemon.engine.store import BlockStore
 from kvstore_daemon.streams import ArenaFetch, ArenaPut
@@ -49,7 +50,7 @@ class ArenaSource(BlockSource):
         arena: memoryview,
         *,
         clock: Callable[[], float] = time.monotonic,
-        make_policy: Callable[[int, Iterable[int]], EvictionPolicy] = Fifo,
+        make_policy: Callable[[int, Iterable[int]], EvictionPolicy] = GuardedLru,
         capacities: Mapping[str, int] | None = None,
         pins: Mapping[str, bytes] | None = None,
     ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from kvstore.blocksource import Chunk, FetchStream, PutStream
+from kvstore.blocksource import CHECKSUM_BYTES_PER_CHUNK_MAX, Chunk, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.layout import PieceMap
 from kvstore.messages import FetchOutcome, PutOutcome, Tier
@@ -60,6 +60,10 @@ class ArenaFetch(FetchStream):
         self._pieces = pieces
         self._outcomes = bytearray([_PENDING]) * len(keys)
         self._queued_bytes = pieces.span_bytes * len(keys)
+        # The widest group comes first; all are as wide, the last perhaps less.
+        first, last, _, _ = pieces.group_ranges[0]
+        checksums_max = CHECKSUM_BYTES_PER_CHUNK_MAX // ((last - first) * CHECKSUM_BYTES)
+        self._buffers_max = min(BUFFERS_PER_CHUNK_MAX, checksums_max)
         # The next byte to give out, as piece and offset. Inside of a piece its block is
         # pinned by `_cut`.
         self._piece = 0
@@ -113,7 +117,7 @@ class ArenaFetch(FetchStream):
         slots: list[int] = []
         buffers: list[memoryview] = []
         missing = False
-        for key in keys[first : first + min(bytes_max // size, BUFFERS_PER_CHUNK_MAX)]:
+        for key in keys[first : first + min(bytes_max // size, self._buffers_max)]:
             slot = known.get(key)
             if slot is None:
                 missing = True
@@ -154,7 +158,7 @@ class ArenaFetch(FetchStream):
         begun: list[int] = []
         checksums: list[bytes] = []
         length = 0
-        while not self.finished and length < bytes_max and len(buffers) < BUFFERS_PER_CHUNK_MAX:
+        while not self.finished and length < bytes_max and len(buffers) < self._buffers_max:
             group, index = divmod(self._piece, pieces.key_count)
             _, _, start, size = pieces.group_ranges[group]
             left, room = size - self._offset, bytes_max - length

@@ -67,8 +67,13 @@ class FrameConnection:
         if self._writing:
             self._loop.remove_writer(self.stream.fileno())
         self.stream.close()
-        self.protocol.lost(reason)
-        self._on_closed(reason)
+        try:
+            self.protocol.lost(reason)
+        except Exception:
+            logger.exception("connection to %s: internal error at its end", self.stream.peer)
+            self.protocol.writer.abort()  # or blocks would stay pinned for ever
+        finally:
+            self._on_closed(reason)
 
     def close_when_sent(self, reason: Exception) -> None:
         """Read no more, send what is queued without waiting for long, then close."""
@@ -105,9 +110,9 @@ class FrameConnection:
                     raise TransportError(f"{self.stream.peer} closed the connection {where}")
                 requested = reader.requested_bytes
                 self.protocol.receive(count)
-                if self.closed or count < requested:
+                self.active_at = self._loop.time()
+                if self.closed or self._close_reason is not None or count < requested:
                     break
-            self.active_at = self._loop.time()
         except (ProtocolError, RefusedError) as error:
             self._broken(error)
         except TransportError as error:
@@ -134,6 +139,8 @@ class FrameConnection:
             for _ in range(CALLS_PER_TURN_MAX):
                 if self._close_reason is None:
                     protocol.fill()
+                if self.closed:
+                    return
                 buffers = writer.buffers()
                 if not buffers:
                     self._want_writable(False)
@@ -149,6 +156,8 @@ class FrameConnection:
                     del buffers
                 writer.sent(count)
                 self.active_at = self._loop.time()
+                if self.closed:
+                    return  # by whoever was told that its buffers are free
                 if count < offered:
                     break
             self._want_writable(True)

@@ -27,6 +27,9 @@ KEEPALIVE_IDLE_S = 10
 KEEPALIVE_INTERVAL_S = 5
 KEEPALIVE_PROBES = 3
 
+# How long until a full backlog of a unix socket is tried again; nothing tells of room there.
+BACKLOG_RETRY_S = 0.01
+
 _DESCRIPTOR_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -68,62 +71,124 @@ class SocketStream(Stream):
         self._sock.close()
 
 
-def _address(endpoint: Endpoint) -> tuple[socket.AddressFamily, tuple[str, int] | str]:
+def _unix_address(path: str) -> str:
+    # An abstract name is written with "@" and begins with a zero byte for the kernel.
+    return "\0" + path[1:] if path.startswith("@") else path
+
+
+def _peer_name(endpoint: Endpoint, address: tuple[str, int]) -> str:
     if endpoint.scheme == "unix":
-        # An abstract name is written with "@" and begins with a zero byte for the kernel.
-        path = endpoint.path
-        return socket.AF_UNIX, "\0" + path[1:] if path.startswith("@") else path
-    family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
-    return family, (endpoint.host, endpoint.port)
+        return "unix peer"
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def connect_socket(
     loop: asyncio.AbstractEventLoop, endpoint: Endpoint, timeout_s: float
 ) -> SocketStream:
     """Connect a stream socket. Raises as `kvstore.transport.connect` says."""
-    family, address = _address(endpoint)
     try:
         async with asyncio.timeout(timeout_s):
-            if endpoint.scheme == "tcp":
-                found = await loop.getaddrinfo(
-                    endpoint.host, endpoint.port, type=socket.SOCK_STREAM
-                )
-                family, address = found[0][0], found[0][4]  # type: ignore[assignment]
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            try:
-                sock.setblocking(False)
-                await loop.sock_connect(sock, address)
-            except BaseException:
-                sock.close()
-                raise
+            if endpoint.scheme == "unix":
+                sock = await _connect_unix(_unix_address(endpoint.path))
+            else:
+                sock = await _connect_tcp(loop, endpoint, loop.time() + timeout_s)
     except TimeoutError as error:
-        raise TransportTimeout(f"connect to {endpoint}: no answer in {timeout_s} s") from error
-    except OSError as error:
+        raise TransportTimeout(f"connect to {endpoint}: no answer in {timeout_s:g} s") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
         raise TransportError(f"connect to {endpoint}: {error}") from error
     return SocketStream(sock, endpoint.scheme, str(endpoint))
+
+
+async def _connect_tcp(
+    loop: asyncio.AbstractEventLoop, endpoint: Endpoint, deadline: float
+) -> socket.socket:
+    """Try all addresses of a host: "localhost" has two, and a peer may listen on one."""
+    found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    failure = OSError(f"{endpoint.host} has no address")
+    for position, (family, _, _, _, address) in enumerate(found):
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            # An address that does not answer leaves time for the next.
+            share_s = (deadline - loop.time()) / (len(found) - position)
+            async with asyncio.timeout(share_s):
+                await loop.sock_connect(sock, address)
+        except OSError as error:  # TimeoutError is one, too
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
+
+
+async def _connect_unix(address: str) -> socket.socket:
+    """Connect, or wait for room in the backlog.
+
+    Not by `sock_connect` of the loop: a full backlog is EAGAIN here and never completes by
+    itself (connect(2)), which loops take for a connection in progress, and then for one that
+    is made.
+    """
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.setblocking(False)
+            sock.connect(address)
+        except BlockingIOError:
+            sock.close()
+            await asyncio.sleep(BACKLOG_RETRY_S)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+
+
+def _bind(endpoint: Endpoint) -> socket.socket:
+    """A bound and listening socket.
+
+    Raises:
+        OSError, UnicodeError: The address is taken, not ours, or no address.
+    """
+    family = socket.AF_UNIX
+    address: tuple[str | int, ...] | tuple[int, bytes] | str
+    if endpoint.scheme == "unix":
+        address = _unix_address(endpoint.path)
+    else:
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+        # Of a name with both, IPv4: that is what clients that know one of them know.
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if endpoint.scheme == "unix":
+            _remove_stale_socket(endpoint.path)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(LISTEN_BACKLOG)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 class SocketListener(Listener):
     """A bound and listening stream socket."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        family, address = _address(endpoint)
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            if endpoint.scheme == "unix":
-                _remove_stale_socket(endpoint.path)
-            else:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            sock.listen(LISTEN_BACKLOG)
-            sock.setblocking(False)
-        except OSError as error:
-            sock.close()
+            sock = _bind(endpoint)
+        except (OSError, UnicodeError) as error:
             raise TransportError(f"listen on {endpoint}: {error}") from error
         self._sock = sock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_stream: Callable[[Stream], None] | None = None
         self.endpoint = endpoint
+        self._file = _file_id(endpoint)
         if endpoint.scheme == "tcp":
             self.endpoint = endpoint.with_port(sock.getsockname()[1])
 
@@ -137,15 +202,20 @@ class SocketListener(Listener):
             return
         if self._loop is not None:
             self._loop.remove_reader(self._sock.fileno())
+        # Whoever has replaced the file meanwhile keeps theirs. Asked before the close, after
+        # which another file may get this one's number.
+        ours = self._file is not None and self._file == _file_id(self.endpoint)
         self._sock.close()
-        if self.endpoint.scheme == "unix" and not self.endpoint.path.startswith("@"):
-            with contextlib.suppress(FileNotFoundError):
+        if ours:
+            with contextlib.suppress(OSError):
                 os.unlink(self.endpoint.path)
 
     def _accept(self) -> None:
         assert self._loop is not None
         assert self._on_stream is not None
         for _ in range(LISTEN_BACKLOG):
+            if self._sock.fileno() < 0:
+                return  # closed by whom the last stream was given to
             try:
                 sock, address = self._sock.accept()
             except BlockingIOError:
@@ -159,12 +229,23 @@ class SocketListener(Listener):
                     return
                 logger.info("accept on %s: %s", self.endpoint, error)
                 continue
-            peer = f"{address[0]}:{address[1]}" if self.endpoint.scheme == "tcp" else "unix peer"
+            peer = _peer_name(self.endpoint, address)
             self._on_stream(SocketStream(sock, self.endpoint.scheme, peer))
 
     def _resume(self) -> None:
         if self._loop is not None and self._sock.fileno() >= 0:
             self._loop.add_reader(self._sock.fileno(), self._accept)
+
+
+def _file_id(endpoint: Endpoint) -> tuple[int, int] | None:
+    """What tells the socket's file from another of the same name; None if there is none."""
+    if endpoint.scheme != "unix" or endpoint.path.startswith("@"):
+        return None
+    try:
+        found = os.lstat(endpoint.path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _remove_stale_socket(path: str) -> None:
@@ -177,6 +258,8 @@ def _remove_stale_socket(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # A full backlog is a sign of life, and not to be waited for.
+        probe.setblocking(False)
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from kvstore.blocksource import Chunk, FetchStream, PutStream
+from kvstore.blocksource import CHECKSUM_BYTES_PER_CHUNK_MAX, Chunk, FetchStream, PutStream
 from kvstore.errors import (
     LayoutMismatch,
     LocalProtocolError,
@@ -29,6 +29,21 @@ STORED = PutOutcome.STORED
 @pytest.fixture
 def engine() -> Engine:
     return Engine(16 * PAGE)
+
+
+@pytest.mark.parametrize("group", [0, 1000])
+def test_checksums_of_tiny_layers_fit_into_a_frame(group: int) -> None:
+    # Eight bytes of checksum for each byte of payload.
+    engine = Engine(200 * PAGE)
+    namespace = engine.open(*(1,) * 1024)
+    engine.put(namespace, *range(150))
+    stream, reader = begin_fetch(engine, namespace, *range(150), group=group)
+    while (chunk := stream.next_chunk(MIB)) is not None:
+        assert len(chunk.checksums) <= CHECKSUM_BYTES_PER_CHUNK_MAX
+        reader.take(chunk)
+        chunk.release()
+    assert all(isinstance(result, bytes) for result in reader.results(stream.outcomes()))
+    assert not any(engine.store.index.pins[1:])
 
 
 def begin_fetch(

@@ -40,7 +40,10 @@ class EvictionPolicy(Protocol):
         """
 
     def next_tick(self) -> int:
-        """When the next candidate was inserted, in ticks that all pools share."""
+        """When the next candidate was inserted or last used, in ticks that all pools share.
+
+        Of pools that share an arena, the one with the smallest gives a block.
+        """
 
     def __len__(self) -> int:
         """Number of blocks."""
