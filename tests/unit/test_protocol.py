@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvstore import protocol as module
 from kvstore.errors import (
     Draining,
     LayoutMismatch,
@@ -37,6 +36,7 @@ from kvstore.messages import (
     Subscribe,
 )
 from kvstore.protocol import OUTPUT_BYTES_MAX, ClientProtocol, ServerProtocol
+from kvstore.protocol import client as module
 from kvstore.wire import FrameType
 from tests.support.engine import key
 from tests.support.frames import (

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from kvstore import protocol as module
 from kvstore.errors import (
     KVStoreError,
     LimitExceeded,
@@ -24,6 +23,7 @@ from kvstore.messages import (
     PutOutcome,
     Want,
 )
+from kvstore.protocol import server as module
 from kvstore.wire import FrameType
 from tests.support.engine import key
 from tests.support.frames import (

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kvstore import protocol as module
 from kvstore.errors import RemoteProtocolError, TransportError
 from kvstore.messages import (
     CancelReply,
@@ -19,6 +18,7 @@ from kvstore.messages import (
     PutOutcome,
     Want,
 )
+from kvstore.protocol import server as module
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
 from tests.support.frames import (

@@ -1,0 +1,97 @@
+"""What both sides of a conversation have in common: frames in, frames out."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from kvstore.blocksource import Chunk
+from kvstore.errors import (
+    LocalProtocolError,
+)
+from kvstore.framing import Frame, FrameReader, FrameWriter
+from kvstore.messages import (
+    Data,
+    encode,
+)
+from kvstore.wire import (
+    HEADER_BYTES,
+    PAYLOAD_BYTES_MAX,
+    FrameType,
+    Header,
+    encode_header,
+)
+
+# The writer is topped up to this: two frames, so that the socket never runs dry while the
+# next one is made, and little enough that a CANCEL finds most of a fetch unsent.
+FILL_BYTES = PAYLOAD_BYTES_MAX
+
+Reply = msgspec.Struct | Exception
+
+
+class FrameProtocol(abc.ABC):
+    """What a `FrameConnection` needs of either side."""
+
+    def __init__(self) -> None:
+        self.reader = FrameReader(self._route)
+        self.writer = FrameWriter()
+        #: Set by the shell: something was queued outside of `receive` and `fill`.
+        self.on_output: Callable[[], None] = lambda: None
+        #: Why the connection is gone; None while it is not.
+        self.lost_by: Exception | None = None
+
+    def receive(self, count: int) -> None:
+        """Account for received bytes and handle the frames that are complete.
+
+        Raises:
+            RemoteProtocolError: The peer broke the protocol; the connection must be closed.
+        """
+        for frame in self.reader.received(count):
+            self._frame(frame)
+            if self.lost_by is not None:
+                break
+
+    @abc.abstractmethod
+    def fill(self) -> None:
+        """Top the writer up with payload."""
+
+    @abc.abstractmethod
+    def lost(self, error: Exception) -> None:
+        """The connection is gone: everything under way ends, every buffer is given back."""
+
+    @abc.abstractmethod
+    def refuse(self, error: Exception) -> None:
+        """Queue last words for a peer that broke the protocol."""
+
+    @abc.abstractmethod
+    def _route(self, header: Header) -> Sequence[memoryview]: ...
+
+    @abc.abstractmethod
+    def _frame(self, frame: Frame) -> None: ...
+
+    def _send(
+        self, type: FrameType, request_id: int, message: msgspec.Struct, flags: int = 0
+    ) -> None:
+        metadata = encode(message)
+        header = encode_header(type, request_id, metadata, flags=flags)
+        self.writer.push((header + metadata,), HEADER_BYTES + len(metadata))
+        self.on_output()
+
+    def _send_chunk(self, request_id: int, chunk: Chunk) -> None:
+        metadata = b""
+        if chunk.checksums or chunk.failed:
+            metadata = encode(Data(checksums=chunk.checksums, failed=chunk.failed))
+        try:
+            header = encode_header(
+                FrameType.DATA, request_id, metadata, chunk.length, chunk.piece, chunk.piece_offset
+            )
+        except LocalProtocolError:
+            chunk.release()  # nobody else knows of it
+            raise
+        self.writer.push(
+            (header, metadata, *chunk.buffers) if metadata else (header, *chunk.buffers),
+            HEADER_BYTES + len(metadata) + chunk.length,
+            chunk.release,
+        )

@@ -1,0 +1,297 @@
+"""The asking side of a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from kvstore.errors import (
+    LocalProtocolError,
+    RemoteProtocolError,
+    TransportError,
+    VersionMismatch,
+)
+from kvstore.framing import Frame
+from kvstore.loadreport import LoadReport
+from kvstore.messages import (
+    REPLIES,
+    Channel,
+    Data,
+    Done,
+    Error,
+    Fetch,
+    Goaway,
+    Hello,
+    Message,
+    Put,
+    PutDone,
+    Want,
+    Welcome,
+    decode,
+    error_to_exception,
+)
+from kvstore.protocol.base import FILL_BYTES, FrameProtocol, Reply
+from kvstore.transfer import FetchTransfer, PutTransfer
+from kvstore.wire import (
+    VERSION_MAX,
+    VERSION_MIN,
+    Flags,
+    FrameType,
+    Header,
+)
+
+# Requests of ours without a reply. Who waits for one gives up at some time, the peer does not;
+# with this many it is no peer to talk to.
+CALLS_MAX = 16_384
+
+
+class _Call:
+    """A request of ours that waits for its reply."""
+
+    __slots__ = ("on_reply", "on_report", "replied", "transfer", "type")
+
+    def __init__(
+        self,
+        type: FrameType,
+        on_reply: Callable[[Reply], None],
+        transfer: FetchTransfer | PutTransfer | None = None,
+        on_report: Callable[[LoadReport], None] | None = None,
+    ) -> None:
+        self.type = type
+        self.replied = False
+        self.on_reply = on_reply
+        self.transfer = transfer
+        self.on_report = on_report
+
+
+class ClientProtocol(FrameProtocol):
+    """The asking side of a connection.
+
+    Args:
+        hello: First words; its version window is ours.
+        on_welcome: Called with the WELCOME when the server has accepted us.
+        on_goaway: Called when the server takes no new requests.
+    """
+
+    def __init__(
+        self,
+        hello: Hello,
+        on_welcome: Callable[[Welcome], None],
+        on_goaway: Callable[[Goaway], None],
+    ) -> None:
+        super().__init__()
+        self.welcome: Welcome | None = None
+        self._on_welcome = on_welcome
+        self._on_goaway = on_goaway
+        self._calls: dict[int, _Call] = {}
+        self._puts: deque[tuple[int, PutTransfer]] = deque()
+        self._send(FrameType.HELLO, 0, hello)
+
+    @property
+    def call_count(self) -> int:
+        """Requests without a reply, abandoned ones among them."""
+        return len(self._calls)
+
+    def call(
+        self, request_id: int, type: FrameType, message: Message, on_reply: Callable[[Reply], None]
+    ) -> None:
+        """Send a request with one reply. `on_reply` gets it, or a RefusedError, or the
+        error that ended the connection (at once if it is gone already)."""
+        self._begin(request_id, message, _Call(type, on_reply))
+
+    def subscribe(
+        self,
+        request_id: int,
+        message: Message,
+        on_reply: Callable[[Reply], None],
+        on_report: Callable[[LoadReport], None],
+    ) -> None:
+        """Ask for load reports; `on_report` gets them until the connection closes."""
+        call = _Call(FrameType.SUBSCRIBE, on_reply, None, on_report)
+        self._begin(request_id, message, call)
+
+    def fetch(
+        self,
+        request_id: int,
+        message: Fetch,
+        transfer: FetchTransfer,
+        on_reply: Callable[[Reply], None],
+    ) -> None:
+        """Send a FETCH. `on_reply` gets the DONE after `transfer.done` has taken it."""
+        self._begin(request_id, message, _Call(FrameType.FETCH, on_reply, transfer))
+
+    def put(
+        self,
+        request_id: int,
+        message: Put,
+        transfer: PutTransfer,
+        on_reply: Callable[[Reply], None],
+    ) -> None:
+        """Send a PUT. `on_reply` gets the PUT_DONE after `transfer.done` has taken it."""
+        self._begin(request_id, message, _Call(FrameType.PUT, on_reply, transfer))
+
+    def abandon(self, request_id: int) -> None:
+        """Give up the memory of a fetch or a put at once; its DONE may still come.
+
+        After this call nothing is written into the memory of a fetch. The memory of a put
+        is free when its transfer is `idle`.
+        """
+        call = self._calls.get(request_id)
+        if call is None:
+            return
+        if isinstance(call.transfer, FetchTransfer):
+            call.transfer.abandon()
+            self.reader.divert(request_id)
+        elif isinstance(call.transfer, PutTransfer):
+            call.transfer.stop()
+
+    def fill(self) -> None:
+        writer, puts = self.writer, self._puts
+        while puts and writer.queued_bytes < FILL_BYTES:
+            request_id, transfer = puts[0]
+            chunk = transfer.next_chunk()
+            if chunk is None:
+                puts.popleft()
+            else:
+                self._send_chunk(request_id, chunk)
+
+    def lost(self, error: Exception) -> None:
+        self.lost_by = error
+        calls, self._calls = self._calls, {}
+        self._puts.clear()
+        for request_id, call in calls.items():
+            if isinstance(call.transfer, FetchTransfer):
+                call.transfer.abandon()
+                self.reader.divert(request_id)
+            elif isinstance(call.transfer, PutTransfer):
+                call.transfer.stop()
+        # The last one first; all of them, even if one fails.
+        with contextlib.ExitStack() as ending:
+            for call in reversed(calls.values()):
+                ending.callback(call.on_reply, error)
+            ending.callback(self.writer.abort)
+
+    def refuse(self, error: Exception) -> None:
+        """A server has no use for our opinion: closing says enough."""
+
+    def _begin(self, request_id: int, message: Message, call: _Call) -> None:
+        if request_id in self._calls or request_id == 0:
+            raise LocalProtocolError(f"request id {request_id} is in use")
+        if self.lost_by is not None:
+            call.on_reply(self.lost_by)
+            return
+        if len(self._calls) >= CALLS_MAX:
+            call.on_reply(
+                TransportError(
+                    f"{len(self._calls)} requests are without a reply, the limit is {CALLS_MAX}"
+                )
+            )
+            return
+        self._send(call.type, request_id, message)
+        self._calls[request_id] = call
+
+    def _route(self, header: Header) -> Sequence[memoryview]:
+        call = self._calls.get(header.request_id)
+        if call is None or not isinstance(call.transfer, FetchTransfer):
+            raise RemoteProtocolError(f"DATA for request {header.request_id}, which is no fetch")
+        return call.transfer.route(header, self.reader.scratch)
+
+    def _frame(self, frame: Frame) -> None:
+        header, metadata = frame
+        message_type = REPLIES.get(header.type)
+        if message_type is None:
+            raise RemoteProtocolError(f"{header.type.name} from a server")
+        message: Any = decode(metadata, message_type)
+        if self.welcome is None:
+            self._handshake(message)
+            return
+        if header.request_id == 0:
+            if isinstance(message, Goaway):
+                self._on_goaway(message)
+                return
+            if isinstance(message, Error):
+                raise TransportError(f"the peer closes the connection: {message.message}")
+            raise RemoteProtocolError(f"{header.type.name} without a request id")
+        call = self._calls.get(header.request_id)
+        if call is None:
+            raise RemoteProtocolError(
+                f"{header.type.name} for request {header.request_id}, which is not under way"
+            )
+        self._reply(header, message, call)
+
+    def _handshake(self, message: Message) -> None:
+        if isinstance(message, Error):
+            raise error_to_exception(message)
+        if not isinstance(message, Welcome):
+            raise RemoteProtocolError(f"{type(message).__name__} instead of WELCOME")
+        if not VERSION_MIN <= message.version <= VERSION_MAX:
+            raise VersionMismatch(
+                f"the peer chose version {message.version},"
+                f" this side speaks {VERSION_MIN} to {VERSION_MAX}"
+            )
+        self.welcome = msgspec.structs.replace(message, limits=message.limits.within_ours())
+        self._on_welcome(self.welcome)
+
+    def _reply(self, header: Header, message: Any, call: _Call) -> None:
+        transfer = call.transfer
+        if isinstance(message, Error):
+            del self._calls[header.request_id]
+            if isinstance(transfer, PutTransfer):
+                transfer.stop()
+            elif isinstance(transfer, FetchTransfer):
+                transfer.abandon()
+            call.on_reply(error_to_exception(message))
+        elif isinstance(message, LoadReport):
+            if call.on_report is None:
+                raise RemoteProtocolError("LOAD_REPORT for a request that is no subscription")
+            call.on_report(message)
+        elif isinstance(message, Data):
+            if not isinstance(transfer, FetchTransfer):
+                raise RemoteProtocolError("DATA for a request that is no fetch")
+            transfer.data(header, message.checksums, message.failed)
+        elif isinstance(message, Want):
+            if not isinstance(transfer, PutTransfer):
+                raise RemoteProtocolError("WANT for a request that is no put")
+            transfer.want(message)
+            self._puts.append((header.request_id, transfer))
+            self.on_output()
+        elif isinstance(message, Done) and isinstance(transfer, FetchTransfer):
+            transfer.done(message)
+            del self._calls[header.request_id]
+            call.on_reply(message)
+        elif isinstance(message, PutDone) and isinstance(transfer, PutTransfer):
+            transfer.done(message.outcomes)
+            transfer.stop()
+            del self._calls[header.request_id]
+            call.on_reply(message)
+        elif (
+            transfer is None
+            and header.type is call.type
+            and header.flags & Flags.REPLY
+            and not call.replied
+        ):
+            call.replied = True
+            if call.on_report is None:
+                del self._calls[header.request_id]
+            call.on_reply(message)
+        else:
+            raise RemoteProtocolError(f"{header.type.name} does not answer this request")
+
+
+def hello_message(
+    node_id: str, role: Any, session: bytes, channel: Channel, token: str = ""
+) -> Hello:
+    """HELLO with the version window of this build."""
+    return Hello(
+        version_min=VERSION_MIN,
+        version_max=VERSION_MAX,
+        node_id=node_id,
+        role=role,
+        session=session,
+        channel=channel,
+        token=token,
+    )
