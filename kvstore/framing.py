@@ -226,6 +226,9 @@ class FrameWriter:
         """Account for `count` bytes of the last `buffers()` that were sent."""
         self._sent_total += count
         views = self._views
+        if self._sent_total == self._pushed_total:
+            views.clear()  # the usual case for small blocks, and hundreds of views
+            count = 0
         while count:
             size = len(views[0])
             if count < size:

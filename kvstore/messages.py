@@ -42,6 +42,8 @@ DEADLINE_MS_MAX = 600_000
 # The longest array in any message has an item a key (or a namespace of a daemon). Decoders
 # allocate what an array claims to hold, and arrays nest: 4,096 items are 32 KiB a level.
 ARRAY_ITEMS_MAX = KEYS_PER_REQUEST_MAX
+# The encoder allocates this for each message, by itself 256 KiB, and more where it is needed.
+ENCODE_BUFFER_BYTES = 1024
 # Errors quote what a peer sent; the quotation of a megabyte helps nobody.
 ERROR_TEXT_MAX = 1000
 
@@ -536,7 +538,8 @@ MessageT = TypeVar("MessageT", bound=msgspec.Struct)
 
 def encode(message: msgspec.Struct) -> bytes:
     """MessagePack of a message, for the metadata of a frame."""
-    packed: bytes = msgpack.packb(msgspec.to_builtins(message, builtin_types=(bytes,)))
+    values = msgspec.to_builtins(message, builtin_types=(bytes,))
+    packed: bytes = msgpack.packb(values, buf_size=ENCODE_BUFFER_BYTES)
     return packed
 
 

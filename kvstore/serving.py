@@ -15,6 +15,7 @@ import os
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -107,6 +108,8 @@ EARLY_CANCELS_MAX = 256
 # Connections beyond the limit that are kept until they can be told why they are refused; in
 # a flood, further ones are closed without a word.
 REFUSALS_MAX = 64
+# How often a server that drains looks whether it is done.
+DRAIN_POLL_S = 0.01
 # How often stalled connections are looked for.
 SWEEP_INTERVAL_S = 1.0
 
@@ -131,14 +134,14 @@ class Session:
 
 
 class _Timing:
-    """When a request came and when its first byte went out, in loop time."""
+    """When a request came and when its first bytes went out, in loop time."""
 
-    __slots__ = ("arrived_at", "deadline", "size")
+    __slots__ = ("arrived_at", "begun_at", "deadline")
 
-    def __init__(self, arrived_at: float, deadline: asyncio.TimerHandle, size: int) -> None:
+    def __init__(self, arrived_at: float, deadline: asyncio.TimerHandle) -> None:
         self.arrived_at = arrived_at
+        self.begun_at = arrived_at
         self.deadline = deadline
-        self.size = size
 
 
 class ServerConnection(ServerHooks):
@@ -152,6 +155,7 @@ class ServerConnection(ServerHooks):
         self.opened_at = server.loop.time()
         self._timings: dict[int, _Timing] = {}
         self._subscription: int | None = None
+        self._reported_until = 0  # position in the output at which the last report ends
         self._sent_seen = 0
         self.protocol = ServerProtocol(self, server.options.in_flight_bytes_max)
         self.connection = FrameConnection(server.loop, stream, self.protocol, self._closed)
@@ -201,6 +205,9 @@ class ServerConnection(ServerHooks):
             logger.info("%s from %s refused: %s", type.name, self._peer_name(), error)
             raise
 
+    def fetch_begins(self, request_id: int) -> None:
+        self._timings[request_id].begun_at = self.server.loop.time()
+
     def fetch_done(self, request_id: int, stream: FetchStream) -> Done:
         timing = self._end(request_id)
         outcomes = stream.outcomes()
@@ -208,11 +215,15 @@ class ServerConnection(ServerHooks):
             count = outcomes.count(outcome)
             if count:
                 self.server.counters[f"fetch_blocks_{outcome.name.lower()}"] += count
-        elapsed_us = int((self.server.loop.time() - timing.arrived_at) * 1e6) if timing else 0
+        queued_s = service_s = 0.0
+        if timing is not None:
+            queued_s = timing.begun_at - timing.arrived_at
+            service_s = self.server.loop.time() - timing.begun_at
         return Done(
             outcomes=outcomes,
             tiers=stream.tiers(),
-            service_us=max(0, elapsed_us),
+            queued_us=int(max(0.0, queued_s) * 1e6),
+            service_us=int(max(0.0, service_s) * 1e6),
             report=self.server.report(),
         )
 
@@ -264,7 +275,7 @@ class ServerConnection(ServerHooks):
             message.group_layers,
         )
         stream = source.fetch(message.namespace, message.keys, pieces)
-        self._begin(request_id, message.deadline_ms, stream.queued_bytes)
+        self._begin(request_id, message.deadline_ms)
         self.protocol.add_fetch(request_id, stream, message.priority)
         self._cancelled_early(request_id)
 
@@ -279,7 +290,7 @@ class ServerConnection(ServerHooks):
                 f" blocks of {len(layer_bytes)} layers, expected {expected}"
             )
         stream = source.put(message.namespace, message.keys, message.checksums, message.ack)
-        self._begin(request_id, message.deadline_ms, 0)
+        self._begin(request_id, message.deadline_ms)
         self.protocol.add_put(request_id, stream, sum(layer_bytes))
         self._cancelled_early(request_id)
 
@@ -323,13 +334,15 @@ class ServerConnection(ServerHooks):
 
     def _push_report(self, report: LoadReport) -> None:
         assert self._subscription is not None
+        writer = self.protocol.writer
         # A subscriber that reads nothing gets no second report to hold for it.
-        if not self.protocol.writer.queued_bytes:
+        if writer.sent_total >= self._reported_until:
             self.protocol.report(self._subscription, report)
+            self._reported_until = writer.sent_total + writer.queued_bytes
 
-    def _begin(self, request_id: int, deadline_ms: int, size_bytes: int) -> None:
+    def _begin(self, request_id: int, deadline_ms: int) -> None:
         deadline = self.server.loop.call_later(deadline_ms / 1e3, self._deadline, request_id)
-        self._timings[request_id] = _Timing(self.server.loop.time(), deadline, size_bytes)
+        self._timings[request_id] = _Timing(self.server.loop.time(), deadline)
         self.server.reporter.touch()
 
     def _end(self, request_id: int) -> _Timing | None:
@@ -471,7 +484,7 @@ class Server:
         self.endpoints = [listener.endpoint for listener in self._listeners]
         for listener in self._listeners:
             name = str(listener.endpoint)
-            listener.start(self.loop, lambda stream, name=name: self._accept(stream, name))  # type: ignore[misc]
+            listener.start(self.loop, partial(self._accept, name))
         self._sweep = self.loop.call_later(SWEEP_INTERVAL_S, self._sweep_connections)
 
     async def stop(self, drain_s: float | None = None) -> None:
@@ -489,9 +502,9 @@ class Server:
             if connection.session is not None:
                 connection.protocol.goaway("shutting down")
         deadline = self.loop.time() + limit_s
-        # Polled once in the life of a process; an event would cost each request something.
-        while any(c.busy for c in self.connections) and self.loop.time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        # Polled, once in the life of a process: an event would cost each request something.
+        while self.busy and self.loop.time() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
         if self._sweep is not None:
             self._sweep.cancel()
         self.reporter.close()
@@ -515,6 +528,11 @@ class Server:
         )
 
     @property
+    def busy(self) -> bool:
+        """Whether requests are under way or output is queued on any connection."""
+        return any(connection.busy for connection in self.connections)
+
+    @property
     def state(self) -> NodeState:
         """What this node says of itself."""
         return NodeState.DRAINING if self.draining else NodeState.READY
@@ -523,7 +541,7 @@ class Server:
         """A new load report."""
         return self.reporter.make()
 
-    def _accept(self, stream: Stream, link: str) -> None:
+    def _accept(self, link: str, stream: Stream) -> None:
         if len(self.connections) >= self.options.connections_max + REFUSALS_MAX:
             self.counters["connections_refused"] += 1
             stream.close()

@@ -67,6 +67,10 @@ class ServerHooks(abc.ABC):
         `add_fetch` or `add_put`. A KVStoreError that is raised refuses the request."""
 
     @abc.abstractmethod
+    def fetch_begins(self, request_id: int) -> None:
+        """The first bytes of a fetch are about to be sent."""
+
+    @abc.abstractmethod
     def fetch_done(self, request_id: int, stream: FetchStream) -> Done:
         """A fetch was given out whole or was stopped: make its DONE."""
 
@@ -134,6 +138,7 @@ class ServerProtocol(FrameProtocol):
         # Fetches in the order in which they are served: by priority, then arrival.
         self._fetches: list[tuple[int, int, int, FetchStream]] = []
         self._arrivals = 0
+        self._waiting: set[int] = set()  # fetches of which nothing was sent yet
         self._puts: dict[int, _PutReceiver] = {}
         self._ended_puts: OrderedDict[int, None] = OrderedDict()
 
@@ -168,6 +173,7 @@ class ServerProtocol(FrameProtocol):
         self.check_room(request_id)
         stream.on_ready = self.on_output
         self._arrivals += 1
+        self._waiting.add(request_id)
         bisect.insort(
             self._fetches, (priority, self._arrivals, request_id, stream), key=lambda e: e[:2]
         )
@@ -202,9 +208,13 @@ class ServerProtocol(FrameProtocol):
             _, _, request_id, stream = self._fetches[position]
             chunk = stream.next_chunk(PAYLOAD_BYTES_MAX)
             if chunk is not None:
+                if request_id in self._waiting:
+                    self._waiting.remove(request_id)
+                    self._hooks.fetch_begins(request_id)
                 self._send_chunk(request_id, chunk)
             elif stream.finished:
                 del self._fetches[position]
+                self._waiting.discard(request_id)
                 self._send(FrameType.DONE, request_id, self._hooks.fetch_done(request_id, stream))
             else:
                 position += 1  # waits for its source; others may go on
@@ -212,6 +222,7 @@ class ServerProtocol(FrameProtocol):
     def lost(self, error: Exception) -> None:
         self.lost_by = error
         fetches, self._fetches = self._fetches, []
+        self._waiting.clear()
         puts, self._puts = self._puts, {}
         # The last one first; all of them, even if one fails.
         with contextlib.ExitStack() as ending:

@@ -324,6 +324,9 @@ class Hooks(ServerHooks):
                 raise answer
             protocol.reply(type, request_id, answer)
 
+    def fetch_begins(self, request_id: int) -> None:
+        """Nobody asks for times here."""
+
     def fetch_done(self, request_id: int, stream: FetchStream) -> Done:
         self.ended.append(request_id)
         return Done(outcomes=stream.outcomes(), tiers=stream.tiers())
