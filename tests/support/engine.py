@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from kvstore.checksum import block_seed, layer_checksums
 from kvstore.layout import Geometry, Layout, PieceMap
@@ -38,11 +39,11 @@ class Engine:
         layers: Layer sizes of each namespace that was opened.
     """
 
-    def __init__(self, arena_bytes: int, **options: object) -> None:
+    def __init__(self, arena_bytes: int, **options: Any) -> None:
         self.now = 0.0
         self.layers: dict[bytes, tuple[int, ...]] = {}
         self.arena = memoryview(bytearray(arena_bytes))
-        self.source = ArenaSource(self.arena, clock=lambda: self.now, **options)  # type: ignore[arg-type]
+        self.source = ArenaSource(self.arena, clock=lambda: self.now, **options)
         self.store = self.source.store
 
     def open(self, *layer_bytes: int, pool: str = "pool", **fields: object) -> bytes:
