@@ -19,6 +19,7 @@ from kvstore.messages import (
     Status,
 )
 from kvstore_client.arguments import (
+    check_ack,
     check_chain,
     check_deadline,
     check_lease,
@@ -91,16 +92,24 @@ class AsyncClient:
                 seed=seed,
             ),
         )
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
         """Connect. Daemons that cannot be reached are tried again in the background."""
+        if self._loop is not None:
+            raise LocalProtocolError("this client was started before")
         self._loop = asyncio.get_running_loop()
-        await self.cluster.start()
+        try:
+            await self.cluster.start()
+        except BaseException:
+            # Nobody closes what he could not open.
+            await self.cluster.close()
+            raise
 
     async def close(self) -> None:
-        """Disconnect; what is under way ends as UNAVAILABLE."""
-        await self.cluster.close()
+        """Disconnect; what is under way ends as UNAVAILABLE. Harmless when called again."""
+        if self._loop is not None:
+            await self.cluster.close()
 
     async def __aenter__(self) -> AsyncClient:
         await self.start()
@@ -128,6 +137,7 @@ class AsyncClient:
             LayoutMismatch: The pool is pinned to another layout; names the field.
             RefusedError: A daemon says no for another reason.
         """
+        self._running()
         namespace = Namespace(pool, layout)
         await self.cluster.open_namespace(namespace)
         return namespace
@@ -149,6 +159,7 @@ class AsyncClient:
             lease_s: Hits of the leading run at each daemon stay that long, at most 60 s.
             deadline_s: When to do without an answer.
         """
+        self._running()
         wanted = [namespaces] if isinstance(namespaces, Namespace) else list(namespaces)
         if not 1 <= len(wanted) <= NAMESPACES_PER_LOOKUP_MAX:
             raise LocalProtocolError(
@@ -189,12 +200,11 @@ class AsyncClient:
         """
         deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
         wanted = check_chain(keys, first)
-        job = fetch_job(
-            namespace, wanted, into, layers, order, group_layers, self._loop.time(), deadline
-        )
+        loop = self._running()
+        job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
         handle = AsyncFetchHandle(
             deadline,
-            lambda: job.end(FetchOutcome.UNAVAILABLE, self._loop.time()),
+            lambda: job.end(FetchOutcome.UNAVAILABLE, loop.time()),
             len(job.layers),
         )
         job.handle = handle
@@ -224,16 +234,17 @@ class AsyncClient:
         """
         deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
         wanted = check_chain(keys, first)
-        job = put_job(namespace, wanted, blocks, self._loop.time(), deadline)
-        handle = AsyncPutHandle(
-            deadline, lambda: job.end(PutOutcome.UNAVAILABLE, self._loop.time())
-        )
+        level = check_ack(ack)
+        loop = self._running()
+        job = put_job(namespace, wanted, blocks, loop.time(), deadline)
+        handle = AsyncPutHandle(deadline, lambda: job.end(PutOutcome.UNAVAILABLE, loop.time()))
         job.handle = handle
-        self.cluster.begin_put(job, keys, first, chain, AckLevel(ack))
+        self.cluster.begin_put(job, keys, first, chain, level)
         return handle
 
     async def release(self, leases: Sequence[Lease]) -> int:
         """Give leases back; how many had held until now."""
+        self._running()
         return await self.cluster.release(leases)
 
     async def delete(
@@ -249,13 +260,20 @@ class AsyncClient:
         Raises:
             KVStoreError: A daemon that may have some of them did not do it.
         """
+        self._running()
         check_chain(keys, first)
         return await self.cluster.delete(namespace, keys, first, chain)
 
     async def status(self) -> dict[str, Status | KVStoreError]:
         """What each daemon says of itself, or why it says nothing, by endpoint."""
+        self._running()
         return await self.cluster.status()
 
     def report(self, node_id: str) -> LoadReport | None:
         """The newest load report of a node."""
         return self.cluster.reports.report(node_id)
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise LocalProtocolError("this client is not started")
+        return self._loop

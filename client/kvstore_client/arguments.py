@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvstore.errors import LocalProtocolError
 from kvstore.layout import check_keys
-from kvstore.messages import DEADLINE_MS_MAX, LEASE_MS_MAX, Order
+from kvstore.messages import DEADLINE_MS_MAX, LEASE_MS_MAX, AckLevel, Order
 from kvstore.transfer import check_memory
 from kvstore_client.jobs import FetchJob, PutJob
 from kvstore_client.namespaces import Namespace
@@ -22,6 +22,17 @@ def check_deadline(deadline_s: float) -> float:
     if math.isnan(deadline_s) or deadline_s > DEADLINE_MS_MAX / 1e3:
         raise LocalProtocolError(f"deadline_s={deadline_s}: at most {DEADLINE_MS_MAX / 1e3:g}")
     return max(0.0, deadline_s)
+
+
+def check_ack(ack: str) -> AckLevel:
+    """The acknowledgement level of this name.
+
+    Raises:
+        LocalProtocolError: There is none.
+    """
+    if ack not in list(AckLevel):
+        raise LocalProtocolError(f"ack={ack!r}: must be one of {', '.join(AckLevel)}")
+    return AckLevel(ack)
 
 
 def check_lease(lease_s: float) -> int:

@@ -15,7 +15,7 @@ from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import AckLevel, FetchOutcome, PutOutcome, Status
 from kvstore_client.aio import DEADLINE_S, AsyncClient
-from kvstore_client.arguments import check_chain, check_deadline, fetch_job, put_job
+from kvstore_client.arguments import check_ack, check_chain, check_deadline, fetch_job, put_job
 from kvstore_client.handles import FetchHandle, Lease, LookupResult, PutHandle
 from kvstore_client.namespaces import Namespace
 
@@ -62,6 +62,8 @@ class Client:
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        # Held while something is handed to the loop, so that nothing is after `close`.
+        self._gate = threading.Lock()
 
     def start(self) -> None:
         """Start the background loop and connect."""
@@ -73,16 +75,24 @@ class Client:
             target=self._run, args=(self._loop,), name="kvstore-client", daemon=True
         )
         self._thread.start()
-        self._wait(self._client.start())
+        try:
+            self._wait(self._client.start())
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Disconnect; what is under way ends as UNAVAILABLE. Harmless when called again."""
-        loop, self._loop = self._loop, None
+        self._check_thread()
+        with self._gate:
+            loop, self._loop = self._loop, None
         if loop is None or self._thread is None:
             return
-        asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        self._thread.join()
+        try:
+            asyncio.run_coroutine_threadsafe(self._client.close(), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            self._thread.join()
 
     def __enter__(self) -> Client:
         self.start()
@@ -151,7 +161,8 @@ class Client:
             len(job.layers),
         )
         job.handle = handle
-        self._soon(lambda: self._client.cluster.begin_fetch(job, keys, first, chain))
+        if not self._soon(lambda: self._client.cluster.begin_fetch(job, keys, first, chain)):
+            job.end(FetchOutcome.UNAVAILABLE, job.started_at)
         return handle
 
     def put(
@@ -169,13 +180,14 @@ class Client:
         loop = self._running()
         deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
         wanted = check_chain(keys, first)
-        level = AckLevel(ack)
+        level = check_ack(ack)
         job = put_job(namespace, wanted, blocks, loop.time(), deadline)
         handle = PutHandle(
             deadline, lambda: self._soon(lambda: job.end(PutOutcome.UNAVAILABLE, loop.time()))
         )
         job.handle = handle
-        self._soon(lambda: self._client.cluster.begin_put(job, keys, first, chain, level))
+        if not self._soon(lambda: self._client.cluster.begin_put(job, keys, first, chain, level)):
+            job.end(PutOutcome.UNAVAILABLE, job.started_at)
         return handle
 
     def release(self, leases: Sequence[Lease]) -> int:
@@ -202,32 +214,44 @@ class Client:
         return self._client.report(node_id)
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
+        loop = self._loop
+        if loop is None:
             raise LocalProtocolError("this client is not started, or was closed")
+        self._check_thread()
+        return loop
+
+    def _check_thread(self) -> None:
         if threading.current_thread() is self._thread:
             raise LocalProtocolError(
                 "called on the client's own thread, which would wait for itself"
             )
-        return self._loop
 
-    def _soon(self, call: Callable[[], None]) -> None:
-        loop = self._loop
-        if loop is not None:  # else closed: everything has ended
-            loop.call_soon_threadsafe(call)
+    def _soon(self, call: Callable[[], None]) -> bool:
+        """Run a call on the loop; False if the client was closed: everything has ended."""
+        with self._gate:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(call)
+                return True
+        return False
 
     def _wait(self, coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
         try:
-            loop = self._running()
+            with self._gate:
+                waiter = asyncio.run_coroutine_threadsafe(coroutine, self._running())
         except LocalProtocolError:
             coroutine.close()
             raise
-        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+        return waiter.result()
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:
         asyncio.set_event_loop(loop)
         try:
             loop.run_forever()
+            # Calls of other threads that the close has overtaken: all of them fail now.
+            calls = asyncio.all_tasks(loop)
+            if calls:
+                loop.run_until_complete(asyncio.wait(calls))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
             loop.close()

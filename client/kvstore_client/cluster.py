@@ -21,7 +21,7 @@ import msgspec
 
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import parse_endpoint
-from kvstore.errors import KVStoreError, RefusedError
+from kvstore.errors import ConfigError, Draining, KVStoreError, RefusedError, RemoteProtocolError
 from kvstore.loadreport import LoadReport, ReportTable
 from kvstore.messages import (
     LOOKUP_PROBES_MAX,
@@ -44,7 +44,7 @@ from kvstore_client.link import PeerLink
 from kvstore_client.namespaces import Namespace
 from kvstore_client.paths.direct import DirectPath
 from kvstore_client.paths.store import StorePath
-from kvstore_client.placement import Extent, Placement
+from kvstore_client.placement import OWNERS_MAX, Extent, Placement
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,8 @@ class Cluster:
         self.reports = ReportTable()
         self._parsed = parsed
         self._placement = Placement(self.endpoints)
+        if not 1 <= options.copies <= OWNERS_MAX:
+            raise ConfigError("copies", options.copies, f"must be 1 to {OWNERS_MAX}")
         self._options = options
         self._links: list[PeerLink] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -125,9 +127,11 @@ class Cluster:
             for endpoint in self._parsed
         ]
         tries = [asyncio.ensure_future(link.tried()) for link in self._links]
-        _, late = await asyncio.wait(tries, timeout=2 * options.connect_timeout_s)
-        for waiter in late:
-            waiter.cancel()
+        try:
+            await asyncio.wait(tries, timeout=2 * options.connect_timeout_s)
+        finally:
+            for waiter in tries:
+                waiter.cancel()
 
     async def close(self) -> None:
         """End everything under way; its outcome is UNAVAILABLE."""
@@ -138,7 +142,11 @@ class Cluster:
                 job.end(FetchOutcome.UNAVAILABLE, now)
             else:
                 job.end(PutOutcome.UNAVAILABLE, now)
-        await asyncio.gather(*(link.close() for link in self._links))
+        # All that matters happens before the first wait, in case that is cancelled.
+        for link in self._links:
+            link.close()
+        for link in self._links:
+            await link.ended()
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -154,7 +162,7 @@ class Cluster:
             *(link.open_namespace(namespace) for link in self._links), return_exceptions=True
         )
         for link, result in zip(self._links, results, strict=True):
-            if isinstance(result, RefusedError):
+            if isinstance(result, RefusedError) and not isinstance(result, Draining):
                 raise result
             if isinstance(result, KVStoreError):
                 logger.warning("%s: opens %r later: %s", link.peer, namespace, result)
@@ -260,6 +268,10 @@ class Cluster:
             message = Delete(namespace=namespace.id, keys=[keys[first + i] for i in indices])
             reply = await self._links[peer].call(FrameType.DELETE, message)
             assert isinstance(reply, DeleteReply)
+            if len(reply.deleted) != len(indices):
+                raise RemoteProtocolError(
+                    f"DELETE: {len(reply.deleted)} answers for {len(indices)} keys"
+                )
             for index, gone in zip(indices, reply.deleted, strict=True):
                 deleted[index] |= gone
 

@@ -121,7 +121,7 @@ class Handle(Generic[ResultT]):
         quiet: Future that is set when the caller's memory is free.
     """
 
-    def __init__(self, deadline_s: float, on_cancel: Callable[[], None]) -> None:
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], object]) -> None:
         self.outcome: Future[ResultT] = Future()
         self.quiet: Future[None] = Future()
         self._deadline_s = deadline_s
@@ -162,7 +162,7 @@ class FetchHandle(Handle[FetchResult]):
         layers: Number of layers asked for.
     """
 
-    def __init__(self, deadline_s: float, on_cancel: Callable[[], None], layers: int) -> None:
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], object], layers: int) -> None:
         super().__init__(deadline_s, on_cancel)
         self._layer_count = layers
         self._layers_ready = 0
@@ -229,7 +229,7 @@ class _Awaitable:
 class AsyncFetchHandle(_Awaitable, FetchHandle):
     """A fetch under way on a loop; `await handle` gives the result."""
 
-    def __init__(self, deadline_s: float, on_cancel: Callable[[], None], layers: int) -> None:
+    def __init__(self, deadline_s: float, on_cancel: Callable[[], object], layers: int) -> None:
         super().__init__(deadline_s, on_cancel, layers)
         self._layer_waiters: list[tuple[int, asyncio.Future[None]]] = []
 

@@ -181,6 +181,8 @@ class FetchJob(Job):
         """Everything that is not known yet ends with `outcome`; the handle ends."""
         if self.ended:
             return
+        if not self.keys:
+            self._publish()  # every layer of no block is there
         self.ended = True
         self._stop_runs()
         for index in self.pending():

@@ -13,7 +13,6 @@ Nobody waits for that: requests fail at once while a link is down, and the calle
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import random
@@ -149,13 +148,16 @@ class PeerLink:
             return False
         return self.breaker.allow(self._loop.time(), self._draws.random())
 
-    async def close(self) -> None:
-        """Take the connections down; requests under way fail."""
+    def close(self) -> None:
+        """Take the connections down at once; requests under way fail."""
         self._closed = True
         self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
         self._take_down(TransportError("the client was closed"))
+
+    async def ended(self) -> None:
+        """Wait until nothing of a closed link is left on the loop."""
+        # Not `await self._task`: that could not tell its cancellation from ours.
+        await asyncio.wait([self._task])
 
     # --- requests --------------------------------------------------------------------------
 
@@ -166,8 +168,8 @@ class PeerLink:
             RefusedError: The peer says no (another layout, a limit).
         """
         self._namespaces[namespace.id] = namespace
-        if self.up:
-            await self._open_namespace(namespace)
+        if self._channels is not None:
+            await self._open_namespace(self._channels.control, namespace)
 
     def refusal(self, namespace: Namespace) -> Exception | None:
         """Why the peer does not serve a namespace; None if it does."""
@@ -193,6 +195,11 @@ class PeerLink:
         if self._channels is None:
             raise self.unavailable()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await self._ask(self._channels.control, type, message, limit_s)
+
+    async def _ask(
+        self, control: FrameConnection, type: FrameType, message: Message, limit_s: float
+    ) -> Message:
         waiter: asyncio.Future[Reply] = self._loop.create_future()
 
         def on_reply(reply: Reply) -> None:
@@ -200,7 +207,7 @@ class PeerLink:
                 waiter.set_result(reply)
 
         request_id = next(self._request_ids)
-        _client(self._channels.control).call(request_id, type, message, on_reply)
+        _client(control).call(request_id, type, message, on_reply)
         try:
             async with asyncio.timeout(limit_s):
                 reply = await waiter
@@ -209,9 +216,10 @@ class PeerLink:
             raise TransportTimeout(
                 f"{type.name} to {self.peer}: no reply in {limit_s:g} s"
             ) from None
+        if not isinstance(reply, TransportError):
+            self.succeeded()  # a refusal is an answer too
         if isinstance(reply, Exception):
             raise reply
-        self.succeeded()
         return reply  # type: ignore[return-value]
 
     def tell(self, type: FrameType, message: Message) -> None:
@@ -251,8 +259,12 @@ class PeerLink:
             return
         _client(channels.put).abandon(request_id)
         self._send_cancel(request_id)
-        if not transfer.idle:
-            self._loop.call_later(CANCEL_GRACE_S, self._check_idle, channels, transfer)
+        self.expect_idle(transfer)
+
+    def expect_idle(self, transfer: PutTransfer) -> None:
+        """A put has ended: its peer has 200 ms to take what is half sent."""
+        if self._channels is not None and not transfer.idle:
+            self._loop.call_later(CANCEL_GRACE_S, self._check_idle, self._channels, transfer)
 
     def take_report(self, report: LoadReport) -> None:
         """A reply brought a load report along."""
@@ -293,15 +305,13 @@ class PeerLink:
         try:
             for channel in (Channel.CONTROL, Channel.DATA, Channel.DATA):
                 opened.append(await self._open(channel))
+            channels = Channels(*opened)
+            await self._open_namespaces(channels.control)
+            # From here on nothing waits, so that nothing comes between.
             if any(connection.closed for connection in opened):
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
             self._going_away = False
-            self._channels = Channels(*opened)
-            for namespace in list(self._namespaces.values()):
-                try:
-                    await self._open_namespace(namespace)
-                except RefusedError as error:
-                    logger.error("%s: %r: %s", self.endpoint, namespace, error)
+            self._channels = channels
             self._subscribe()
         except BaseException as error:
             self._channels = None
@@ -338,15 +348,28 @@ class PeerLink:
         self.welcome = result
         return connection
 
-    async def _open_namespace(self, namespace: Namespace) -> None:
+    async def _open_namespaces(self, control: FrameConnection) -> None:
+        """Open all that are wanted, those too that are added meanwhile, before the first
+        request about one of them can be sent."""
+        tried: set[bytes] = set()
+        while wanted := [name for name in self._namespaces.values() if name.id not in tried]:
+            for namespace in wanted:
+                tried.add(namespace.id)
+                try:
+                    await self._open_namespace(control, namespace)
+                except RefusedError as error:
+                    logger.error("%s: %r: %s", self.endpoint, namespace, error)
+
+    async def _open_namespace(self, control: FrameConnection, namespace: Namespace) -> None:
         self._refused.pop(namespace.id, None)
         message = OpenNamespace(pool=namespace.pool, layout=namespace.layout)
         try:
-            reply = await self.call(FrameType.OPEN_NAMESPACE, message)
+            reply = await self._ask(control, FrameType.OPEN_NAMESPACE, message, self._timeout_s)
         except RefusedError as error:
             self._refused[namespace.id] = error
             raise
-        if not isinstance(reply, Namespaces) or reply.namespaces[0].namespace != namespace.id:
+        assert isinstance(reply, Namespaces)
+        if [info.namespace for info in reply.namespaces] != [namespace.id]:
             refusal = RefusedError(f"{self.peer} computes another namespace id for {namespace!r}")
             self._refused[namespace.id] = refusal
             raise refusal
@@ -365,7 +388,8 @@ class PeerLink:
                     await self._down.wait()
             except TimeoutError:
                 channels = self._channels
-                silent_s = self._loop.time() - channels.control.active_at if channels else 0.0
+                # What we sent says nothing: the kernel takes it also for a peer that is gone.
+                silent_s = self._loop.time() - channels.control.received_at if channels else 0.0
                 if silent_s > SILENCE_MAX_S:
                     self._take_down(TransportTimeout(f"{self.peer} is silent for {silent_s:.1f} s"))
 

@@ -48,6 +48,8 @@ class FrameConnection:
         self.closed = False
         #: Loop time at which the last byte moved, in either direction.
         self.active_at = loop.time()
+        #: Loop time at which the last byte came.
+        self.received_at = self.active_at
         self._loop = loop
         self._on_closed = on_closed
         self._writing = False
@@ -110,7 +112,7 @@ class FrameConnection:
                     raise TransportError(f"{self.stream.peer} closed the connection {where}")
                 requested = reader.requested_bytes
                 self.protocol.receive(count)
-                self.active_at = self._loop.time()
+                self.active_at = self.received_at = self._loop.time()
                 if self.closed or self._close_reason is not None or count < requested:
                     break
         except (ProtocolError, RefusedError) as error:

@@ -132,12 +132,12 @@ class Node:
         server: The server of this life.
     """
 
-    def __init__(self, name: str, arena_bytes: int, **options: Any) -> None:
+    def __init__(self, name: str, arena_bytes: int, listen: str, **options: Any) -> None:
         self.name = name
         self.now = 0.0
         self._arena = memoryview(bytearray(arena_bytes))
         self._options = ServerOptions(node_id=name, **options)
-        self._endpoint = parse_endpoint("tcp://127.0.0.1:0", "listen")
+        self._endpoint = parse_endpoint(listen, "listen")
         self.running = False
         self.source = self._make_source()
         self.server: Server
@@ -176,6 +176,10 @@ class Node:
         await self.server.stop(0)
         self.check_released()
 
+    async def left_alone(self) -> None:
+        """Wait until nobody is connected."""
+        await until(lambda: not self.server.connections, f"clients of {self.name} are gone")
+
     def check_released(self) -> None:
         """Nobody holds anything here."""
         assert not self.server.connections
@@ -210,18 +214,25 @@ class Node:
 
 @asynccontextmanager
 async def serve(
-    count: int = 1, arena_bytes: int = 256 * 4096, **options: Any
+    count: int = 1,
+    arena_bytes: int = 256 * 4096,
+    listen: str = "tcp://127.0.0.1:0",
+    **options: Any,
 ) -> AsyncIterator[list[Node]]:
-    """Run nodes; check at the end that nobody holds anything and no task is left."""
+    """Run nodes; check at the end that nobody holds anything and no task is left.
+
+    Args:
+        options: Of each server, as in `ServerOptions`.
+    """
     tasks_before = asyncio.all_tasks()
-    nodes = [Node(f"node-{number}", arena_bytes, **options) for number in range(count)]
+    nodes = [Node(f"node-{number}", arena_bytes, listen, **options) for number in range(count)]
     for node in nodes:
         await node.start()
     try:
         yield nodes
         for node in nodes:
             if node.running:
-                await until(lambda node=node: not node.server.connections, "clients are gone")  # type: ignore[misc]
+                await node.left_alone()
                 node.check_released()
     finally:
         for node in nodes:

@@ -91,6 +91,7 @@ class StorePath:
             job.finished(transfer)
             if not transfer.idle:
                 transfer.on_idle = on_idle
+                link.expect_idle(transfer)
                 await idle
         finally:
             if not done.done() or done.cancelled():
