@@ -357,10 +357,11 @@ class Cluster:
         async with link.fetch_slots:
             if job.ended:
                 return
-            if link.allow():
+            refusal = link.refusal(job.namespace)
+            if refusal is None and link.allow():
                 await self._direct.fetch(link, job, indices, on_failed)
             else:
-                job.add_error(link.unavailable())
+                job.add_error(refusal or link.unavailable())
                 for index in indices:
                     on_failed(index, FetchOutcome.UNAVAILABLE)
         if again and not job.ended:
@@ -423,10 +424,11 @@ class Cluster:
         async with link.put_slots:
             if job.ended:
                 return
-            if link.allow():
+            refusal = link.refusal(job.namespace)
+            if refusal is None and link.allow():
                 await self._store.put(link, job, indices, ack, on_outcome)
             else:
-                job.add_error(link.unavailable())
+                job.add_error(refusal or link.unavailable())
                 for index in indices:
                     on_outcome(index, PutOutcome.UNAVAILABLE)
         if again and not job.ended:

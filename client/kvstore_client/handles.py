@@ -166,7 +166,7 @@ class FetchHandle(Handle[FetchResult]):
         super().__init__(deadline_s, on_cancel)
         self._layer_count = layers
         self._layers_ready = 0
-        self._failed = False
+        self._layers_good = 0  # of those, how many were there before anything failed
         self._progress = threading.Condition()
 
     @property
@@ -190,7 +190,7 @@ class FetchHandle(Handle[FetchResult]):
                 lambda: self._layers_ready > layer or self.outcome.done(),
                 self._deadline_s + STUCK_AFTER_S,
             )
-            return self._layers_ready > layer and not self._failed
+            return self._layers_good > layer
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self._layer_count:
@@ -199,7 +199,8 @@ class FetchHandle(Handle[FetchResult]):
     def _publish_layers(self, count: int, failed: bool) -> None:
         with self._progress:
             self._layers_ready = count
-            self._failed = failed
+            if not failed:
+                self._layers_good = count
             self._progress.notify_all()
 
     def _publish_outcome(self, result: FetchResult) -> None:
@@ -240,7 +241,7 @@ class AsyncFetchHandle(_Awaitable, FetchHandle):
             waiter = asyncio.get_running_loop().create_future()
             self._layer_waiters.append((layer, waiter))
             await waiter
-        return self._layers_ready > layer and not self._failed
+        return self._layers_good > layer
 
     def _publish_layers(self, count: int, failed: bool) -> None:
         super()._publish_layers(count, failed)

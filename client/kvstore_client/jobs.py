@@ -15,6 +15,10 @@ from kvstore.transfer import PENDING, BlockMemory
 from kvstore_client.handles import FetchHandle, FetchResult, PutHandle, PutResult, Run
 from kvstore_client.namespaces import Namespace
 
+# By their numbers, since making a member of an enumeration costs more than all else a block.
+_FETCH_OUTCOMES = tuple(FetchOutcome)
+_PUT_OUTCOMES = tuple(PutOutcome)
+_TIERS = tuple(Tier)
 # From the best to the worst, when two daemons were asked.
 _PUT_RANKS = {
     outcome: rank
@@ -187,12 +191,12 @@ class FetchJob(Job):
         self._stop_runs()
         for index in self.pending():
             self.block_failed(index, outcome)
-        outcomes = list(map(FetchOutcome, self.outcomes))
+        outcomes = [_FETCH_OUTCOMES[number] for number in self.outcomes]
         span = self.pieces(1).span_bytes
         self.handle._publish_outcome(
             FetchResult(
                 outcomes=outcomes,
-                tiers=list(map(Tier, self.tiers)),
+                tiers=[_TIERS[number] for number in self.tiers],
                 runs=self.runs,
                 run_of_block=self.run_of_block,
                 bytes=outcomes.count(FetchOutcome.HIT) * span,
@@ -254,7 +258,7 @@ class PutJob(Job):
             self.outcomes[index] = outcome
         self.handle.outcome.set_result(
             PutResult(
-                outcomes=list(map(PutOutcome, self.outcomes)),
+                outcomes=[_PUT_OUTCOMES[number] for number in self.outcomes],
                 runs=self.runs,
                 run_of_block=self.run_of_block,
                 bytes=self.bytes,
