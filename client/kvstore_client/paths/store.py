@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import pairwise
 
-from kvstore.checksum import block_seed, layer_checksums
 from kvstore.errors import RefusedError
 from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
 from kvstore.protocol import Reply
-from kvstore.transfer import BlockMemory, PutTransfer
+from kvstore.transfer import PutTransfer
 from kvstore_client.handles import Run
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
-from kvstore_client.namespaces import Namespace
-
-
-def block_checksums(namespace: Namespace, key: bytes, memory: BlockMemory) -> bytes:
-    """Layer checksums of a block in the caller's memory, as a PUT announces them."""
-    layers: Sequence[memoryview]
-    if isinstance(memory, memoryview):
-        layers = [memory[a:b] for a, b in pairwise(namespace.geometry.offsets)]
-    else:
-        layers = memory
-    return layer_checksums(layers, block_seed(namespace.id, key))
 
 
 class StorePath:
@@ -41,6 +27,7 @@ class StorePath:
         link: PeerLink,
         job: PutJob,
         indices: Sequence[int],
+        checksums: bytes,
         ack: AckLevel,
         on_outcome: Callable[[int, PutOutcome], None],
     ) -> None:
@@ -49,6 +36,7 @@ class StorePath:
 
         Args:
             indices: Which blocks; not more than the peer takes in one request.
+            checksums: Of all their layers, as a PUT announces them.
             on_outcome: Called once with the outcome of every block, unless the job ends first.
         """
         started_at = self._loop.time()
@@ -80,7 +68,7 @@ class StorePath:
         message = Put(
             namespace=job.namespace.id,
             keys=keys,
-            checksums=b"".join(map(partial(block_checksums, job.namespace), keys, memory)),
+            checksums=checksums,
             ack=ack,
             deadline_ms=max(1, int((job.deadline_at - started_at) * 1e3)),
         )
