@@ -48,6 +48,8 @@ def as_memory(buffer: object, what: str, size_bytes: int, writable: bool) -> mem
         raise LocalProtocolError(f"{what}: the buffer is read-only")
     if view.nbytes != size_bytes:
         raise LocalProtocolError(f"{what}: {view.nbytes} bytes, expected {size_bytes}")
+    if not size_bytes:
+        return memoryview(bytearray())  # `cast` takes no shape with a zero in it
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
@@ -130,8 +132,8 @@ class FetchTransfer:
         """Destination for the payload of a DATA frame.
 
         Raises:
-            RemoteProtocolError: The frame lies outside of the request, repeats bytes, or
-                leaves a gap.
+            RemoteProtocolError: The frame lies outside of the request, repeats bytes, leaves
+                a gap, or brings a group of layers before an earlier one of the same block.
         """
         pieces, filled, geometry = self.pieces, self._filled, self.pieces.geometry
         piece, offset, left = header.piece, header.piece_offset, header.payload_length
@@ -148,6 +150,14 @@ class FetchTransfer:
                 raise RemoteProtocolError(
                     f"DATA for byte {offset} of piece {piece}, expected byte {filled[piece]}"
                     f" of {size}"
+                )
+            if (
+                group
+                and not offset
+                and filled[piece - key_count] != pieces.group_ranges[group - 1][3]
+            ):
+                raise RemoteProtocolError(
+                    f"DATA for group {group} of key {index} before all of the group in front of it"
                 )
             take = min(left, size - offset)
             filled[piece] += take

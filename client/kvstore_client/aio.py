@@ -199,6 +199,7 @@ class AsyncClient:
             LocalProtocolError: An argument is wrong; names it and what was expected.
         """
         deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        keys = tuple(keys)  # callers lengthen their chains while we work
         wanted = check_chain(keys, first)
         loop = self._running()
         job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
@@ -233,6 +234,7 @@ class AsyncClient:
             LocalProtocolError: An argument is wrong; names it and what was expected.
         """
         deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        keys = tuple(keys)  # callers lengthen their chains while we work
         wanted = check_chain(keys, first)
         level = check_ack(ack)
         loop = self._running()

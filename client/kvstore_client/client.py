@@ -153,6 +153,7 @@ class Client:
         """See `AsyncClient.fetch`."""
         loop = self._running()
         deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        keys = tuple(keys)  # callers lengthen their chains while we work
         wanted = check_chain(keys, first)
         job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
         handle = FetchHandle(
@@ -179,6 +180,7 @@ class Client:
         """See `AsyncClient.put`."""
         loop = self._running()
         deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
+        keys = tuple(keys)  # callers lengthen their chains while we work
         wanted = check_chain(keys, first)
         level = check_ack(ack)
         job = put_job(namespace, wanted, blocks, loop.time(), deadline)

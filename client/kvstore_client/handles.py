@@ -124,6 +124,10 @@ class Handle(Generic[ResultT]):
     def __init__(self, deadline_s: float, on_cancel: Callable[[], object]) -> None:
         self.outcome: Future[ResultT] = Future()
         self.quiet: Future[None] = Future()
+        # Or whoever gives up waiting (`wait_for` on a wrapped future) would cancel them, and
+        # the memory would never be free.
+        for future in (self.outcome, self.quiet):
+            future.set_running_or_notify_cancel()
         self._deadline_s = deadline_s
         self._on_cancel = on_cancel
 

@@ -160,6 +160,7 @@ class FetchJob(Job):
 
     def piece_arrived(self, index: int, group: int) -> None:
         """A piece of a block is in the caller's memory and was verified."""
+        assert group == self._groups_done[index], "a transfer lets no group overtake another"
         self._groups_done[index] = group + 1
         self._waiting[group] -= 1
         if group + 1 == self._group_count:

@@ -215,6 +215,26 @@ async def test_a_server_that_lies_about_a_fetch(lie: str) -> None:
             assert server.count(FrameType.CORRUPT_REPORT) == (CORRUPT in outcomes)
 
 
+@pytest.mark.asyncio
+async def test_a_last_layer_alone_is_no_block() -> None:
+    """All of the last group of layers is right, and nothing else ever comes."""
+    last = data(
+        b"".join(HONEST[name][50:] for name in KEYS),
+        b"".join(checksums(name, HONEST[name])[8:] for name in KEYS),
+        piece=len(KEYS),
+    )
+    async with (
+        scripted({FrameType.FETCH: to_fetch(last, done(b"\0\0\0"))}) as server,
+        connected(server.uri) as client,
+    ):
+        namespace = await client.open_namespace("pool", LAYOUT)
+        handle = client.fetch(namespace, KEYS, room(3, SIZE), order="layer", deadline_s=600)
+        result = await handle
+        await handle.quiesced()
+        assert result.outcomes == [UNAVAILABLE] * 3
+        assert [type(error) for error in result.errors] == [RemoteProtocolError]
+
+
 def to_put(*answers: Answer) -> Act:
     return to_fetch(*answers)
 

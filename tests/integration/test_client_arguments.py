@@ -231,6 +231,34 @@ async def test_a_client_that_was_closed_has_nothing() -> None:
 
 
 @pytest.mark.asyncio
+async def test_who_gives_up_waiting_takes_nothing_from_the_handle() -> None:
+    async with serve(1) as nodes, connected(nodes) as client:
+        namespace = await open_pool(client)
+        await store_blocks(client, namespace, KEYS)
+        handle = client.fetch(namespace, KEYS, room(2))
+        for future in (handle.outcome, handle.quiet):
+            asyncio.wrap_future(future).cancel()
+            await asyncio.sleep(0)
+            assert not future.cancelled()
+        assert (await handle).ok
+        await handle.quiesced()
+
+
+@pytest.mark.asyncio
+async def test_the_callers_list_of_keys_may_change_at_once() -> None:
+    async with serve(1) as nodes, connected(nodes) as client:
+        namespace = await open_pool(client)
+        keys, blocks = list(KEYS), contents(KEYS)
+        put = client.put(namespace, keys, blocks)
+        keys.append(key(99))
+        assert (await put).outcomes == [PutOutcome.STORED] * 2
+        fetch = client.fetch(namespace, keys, into := room(3))
+        keys.clear()
+        assert (await fetch).outcomes == [FetchOutcome.HIT] * 2 + [FetchOutcome.MISS]
+        assert into[:2] == blocks
+
+
+@pytest.mark.asyncio
 async def test_the_same_handle_may_be_awaited_by_many() -> None:
     async with serve(1) as nodes, connected(nodes) as client:
         namespace = await open_pool(client)

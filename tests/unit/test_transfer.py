@@ -106,6 +106,17 @@ def test_layers_come_group_by_group(store: Store, scattered: bool) -> None:
     assert call.check() == [HIT, HIT]
 
 
+@pytest.mark.parametrize("in_front", [0, 1, 39])
+def test_no_group_comes_before_all_of_the_one_in_front_of_it(store: Store, in_front: int) -> None:
+    call = FetchCall(store.geometry, KEYS[:1], group_layers=1)
+    block, sums = store.block(KEYS[0]), store.checksums(KEYS[0])
+    if in_front:
+        arrive(call, 0, 0, block[:in_front], sums[:8])
+    with pytest.raises(RemoteProtocolError, match="DATA for group 1 of key 0 before all of"):
+        arrive(call, 1, 0, block[40:64], sums[8:16])
+    assert call.arrived == []
+
+
 def test_blocks_that_fail_are_skipped(store: Store) -> None:
     call = FetchCall(store.geometry, KEYS)
     arrive(call, 1, 0, store.block(KEYS[1]), store.checksums(KEYS[1]), failed=(0,))
@@ -382,6 +393,11 @@ def test_any_contiguous_buffer_is_memory(make: Callable[[], Any]) -> None:
 def test_what_is_no_memory_is_refused(make: Callable[[], Any], complaint: str) -> None:
     with pytest.raises(LocalProtocolError, match=complaint):
         as_memory(make(), "into", 16, writable=True)
+
+
+@pytest.mark.parametrize("make", [bytearray, lambda: np.empty((0, BLOCK), "u1"), list])
+def test_no_blocks_have_no_memory(make: Callable[[], Any]) -> None:
+    assert check_memory(make(), 0, LAYERS, "into", writable=True) == []
 
 
 def test_memory_that_is_only_read_may_be_constant() -> None:
