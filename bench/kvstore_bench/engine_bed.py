@@ -98,15 +98,14 @@ class Bed:
         store, policy = self.store, self.policy
         ghosts = [part for part in vars(policy).values() if isinstance(part, Ghosts)]
         slots = self.namespace.slots
-        key, slot = next(iter(slots.items()))
+        key = next(iter(slots))
         return {
             "columns of the index": _size(vars(store.index).values()) - self.checksums_bytes(),
             "extents of the allocator": _size(vars(store.allocator).values()),
             "lists of the eviction policy": _size(vars(policy).values()),
             "ghosts of the eviction policy": sum(_size(vars(part).values()) for part in ghosts),
-            "dict from key to slot": sys.getsizeof(slots),
+            "table from key to slot": slots.size_bytes,
             "keys": len(slots) * sys.getsizeof(key),
-            "slots, as Python numbers": len(slots) * sys.getsizeof(slot),
         }
 
 

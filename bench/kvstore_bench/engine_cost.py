@@ -10,8 +10,8 @@ and blocks enter it as a put enters them (reserve, publish, enqueue). Two stores
 after the other, because tracing allocations slows down whatever is timed beside it:
 
 1. Untraced: lookups, then as many puts as there are blocks, each of which evicts one.
-2. Traced: what was allocated when the arena is full. A dict takes more when its keys come and
-   go, and doubles at once: that is added as the first store showed it.
+2. Traced: what was allocated when the arena is full. What the parts of the index take more
+   when all blocks were replaced is added as the first store showed it.
 
 A lookup is timed from the bytes of its frame to the bytes of its reply, through the connection
 class that serves real clients. Each asks for another session, whose blocks were put one by one
@@ -257,7 +257,7 @@ def _anything(slot: int) -> bool:
 
 
 def _traced(blocks: int, names: bytes, progress: Progress) -> tuple[int, float]:
-    """What a store allocates, as Python's allocators were asked for it.
+    """What a store allocates, as Python's allocators and the system were asked for it.
 
     Returns:
         Bytes until its arena is full; and bytes by which each block that takes the place of
@@ -272,17 +272,21 @@ def _traced(blocks: int, names: bytes, progress: Progress) -> tuple[int, float]:
         bed = Bed(blocks, names)
         bed.put(0, blocks, progress, "filling, every allocation counted")
         gc.collect()
-        filled, parts = tracemalloc.get_traced_memory()[0], bed.parts()
+        filled, parts = _allocated(bed), bed.parts()
         index_bytes = filled - before - sys.getsizeof(bed.checksums) - bed.checksums_bytes()
         count = min(blocks, _REPLACED_TRACED)
         bed.put(blocks, blocks + count, progress, "replacing, every allocation counted")
         gc.collect()
-        grown = tracemalloc.get_traced_memory()[0] - filled
+        grown = _allocated(bed) - filled
         containers = sum(bed.parts().values()) - sum(parts.values())
         return index_bytes, (grown - containers) / count
     finally:
         if not traced_before:
             tracemalloc.stop()
+
+
+def _allocated(bed: Bed) -> int:
+    return tracemalloc.get_traced_memory()[0] + bed.namespace.slots.mapped_bytes
 
 
 def _resident_bytes() -> int:

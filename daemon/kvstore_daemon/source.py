@@ -23,7 +23,6 @@ from kvstore.messages import (
 )
 from kvstore_daemon.engine.eviction import GuardedLru
 from kvstore_daemon.engine.policy import EvictionPolicy
-from kvstore_daemon.engine.pools import Namespace
 from kvstore_daemon.engine.store import BlockStore
 from kvstore_daemon.streams import ArenaFetch, ArenaPut
 
@@ -93,15 +92,14 @@ class ArenaSource(BlockSource):
         self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: object
     ) -> tuple[bytes, int]:
         opened = [self.store.pools.namespace(id) for id in namespaces]
-        hits = _stored(opened[0], keys)
-        for namespace in opened[1:]:
-            hits &= _stored(namespace, keys)
+        slots = [namespace.slots.slots_of(keys) for namespace in opened]
+        hits = np.logical_and.reduce(slots)
         self.store.counters["lookup_keys"] += len(keys)
         self.store.counters["lookup_hits"] += int(np.count_nonzero(hits))
         lease = 0
         if lease_ms > 0:
             run = len(keys) if hits.all() else int(hits.argmin())
-            lease = self._lease(opened, keys[:run], lease_ms, owner)
+            lease = self._lease([found[:run] for found in slots], lease_ms, owner)
         return np.packbits(hits, bitorder="little").tobytes(), lease
 
     def fetch(self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap) -> FetchStream:
@@ -154,18 +152,13 @@ class ArenaSource(BlockSource):
     def counters(self) -> dict[str, int]:
         return dict(self.store.counters)
 
-    def _lease(
-        self, namespaces: list[Namespace], keys: Sequence[bytes], lease_ms: int, owner: object
-    ) -> int:
+    def _lease(self, runs: list[NDArray[np.int32]], lease_ms: int, owner: object) -> int:
         if lease_ms > LEASE_MS_MAX:
             raise LocalProtocolError(f"lease_ms={lease_ms}: at most {LEASE_MS_MAX}")
-        if not keys:
+        slots: list[int] = np.concatenate(runs).tolist()
+        if not slots:
             return 0
+        # This frees nothing that the lookup has found: what is published stays.
         now = self._clock()
         self.store.expire(now)
-        slots = [namespace.slots[key] for namespace in namespaces for key in keys]
         return self.store.lease(owner, slots, now + lease_ms / 1e3)
-
-
-def _stored(namespace: Namespace, keys: Sequence[bytes]) -> NDArray[np.bool_]:
-    return np.fromiter(map(namespace.slots.__contains__, keys), dtype=np.bool_, count=len(keys))

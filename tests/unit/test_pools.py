@@ -26,7 +26,7 @@ OLD, NEW = layout(PAGE, weights_digest="old"), layout(PAGE, weights_digest="new"
 @pytest.fixture
 def table() -> PoolTable:
     ticks = itertools.count()
-    return PoolTable(PAGE, 100 * PAGE, lambda capacity: Fifo(capacity, ticks))
+    return PoolTable(PAGE, 100 * PAGE, lambda capacity: Fifo(capacity, ticks), keys=[])
 
 
 def test_opening_twice_gives_the_same_namespace(table: PoolTable) -> None:

@@ -2,9 +2,9 @@
 
 A block's *slot* is the number of its extent (`kvstore_daemon.engine.allocator`), so that
 place and neighbours cost nothing more. What a block needs beyond its extent is kept in
-columns indexed by slot, and each namespace has one dict from key to slot: a Python object a
-block would cost as much as all of it together, and make every full garbage collection walk
-through millions.
+columns indexed by slot, and each namespace has one table from key to slot
+(`kvstore_daemon.engine.keytable`): a Python object a block would cost as much as all of it
+together, and make every full garbage collection walk through millions.
 
 ::
 
@@ -22,13 +22,14 @@ from __future__ import annotations
 from array import array
 
 from kvstore_daemon.engine.allocator import END
+from kvstore_daemon.engine.keytable import KeyTable
 
 
 class BlockIndex:
     """Columns over slots. Attributes are for reading on hot paths; methods change them.
 
     Attributes:
-        keys: Key of a published block, else None.
+        keys: Key of a published block, else None. The tables of all namespaces look into it.
         checksums: Packed layer checksums of a published or doomed block, else None. Each
             stored version has an object of its own: identity tells two versions apart.
         pins: How many hold the block where it is.
@@ -59,17 +60,23 @@ class BlockIndex:
         self.namespace_numbers[slot] = namespace_number
         self.reserved_count += 1
 
-    def publish(self, slot: int, key: bytes, checksums: bytes, slots: dict[bytes, int]) -> None:
-        """A reserved slot holds verified bytes now: requests may find it. The pin stays."""
-        assert key not in slots
-        slots[key] = slot
+    def publish(self, slot: int, key: bytes, checksums: bytes, slots: KeyTable) -> int:
+        """A reserved slot holds verified bytes now: requests may find it. The pin stays.
+
+        Returns:
+            0; or the slot that holds the key already, and nothing has changed.
+        """
+        known = slots.insert(key, slot)
+        if known:
+            return known
         self.keys[slot] = key
         self.checksums[slot] = checksums
         self.reserved_count -= 1
         self.published_count += 1
+        return 0
 
     def withdraw(self, slot: int) -> bool:
-        """A published block is found no more: the caller took it out of its namespace's dict.
+        """A published block is found no more: the caller took it out of its namespace's table.
 
         Returns:
             Whether the slot can be vacated at once; else it is doomed until its last pin goes.

@@ -14,7 +14,7 @@ until its memory is free again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.errors import LayoutMismatch, LimitExceeded, RefusedError, UnknownNamespace
 from kvstore.layout import (
@@ -27,6 +27,7 @@ from kvstore.layout import (
     namespace_id,
 )
 from kvstore.messages import GenerationInfo, NamespaceInfo, PoolInfo
+from kvstore_daemon.engine.keytable import KeyTable
 from kvstore_daemon.engine.policy import EvictionPolicy
 
 # A pool is a model; a daemon that serves more models than this needs a larger constant, and
@@ -62,7 +63,13 @@ class Namespace:
     )
 
     def __init__(
-        self, id: bytes, number: int, generation: Generation, layout: Layout, page_bytes: int
+        self,
+        id: bytes,
+        number: int,
+        generation: Generation,
+        layout: Layout,
+        page_bytes: int,
+        slots: KeyTable,
     ) -> None:
         self.id = id
         self.number = number
@@ -72,7 +79,7 @@ class Namespace:
         self.geometry = Geometry(layout.layer_bytes)
         self.block_pages = -(-self.geometry.block_bytes // page_bytes)
         self.slot_bytes = self.block_pages * page_bytes
-        self.slots: dict[bytes, int] = {}
+        self.slots = slots
         self.occupied_count = 0
         self.retired = False
 
@@ -154,18 +161,24 @@ class PoolTable:
         page_bytes: Granularity of memory.
         arena_bytes: What a pool without a quota may fill.
         make_policy: Makes the eviction policy of a new pool, given its capacity in bytes.
+        keys: The index's column of keys.
 
     Attributes:
         by_number: Namespace of each number that is taken, retired ones included. Read only.
     """
 
     def __init__(
-        self, page_bytes: int, arena_bytes: int, make_policy: Callable[[int], EvictionPolicy]
+        self,
+        page_bytes: int,
+        arena_bytes: int,
+        make_policy: Callable[[int], EvictionPolicy],
+        keys: Sequence[bytes | None],
     ) -> None:
         self.by_number: dict[int, Namespace] = {}
         self._page_bytes = page_bytes
         self._arena_bytes = arena_bytes
         self._make_policy = make_policy
+        self._keys = keys
         self._pools: dict[str, Pool] = {}
         self._namespaces: dict[bytes, Namespace] = {}
         self._spare_numbers: list[int] = []
@@ -214,7 +227,8 @@ class PoolTable:
         owner = pool.generations.get(generation)
         if owner is None:
             owner = pool.generations[generation] = Generation(generation, pool, layout)
-        namespace = Namespace(id, self._take_number(), owner, layout, self._page_bytes)
+        slots = KeyTable(self._keys)
+        namespace = Namespace(id, self._take_number(), owner, layout, self._page_bytes, slots)
         owner.namespaces[id] = namespace
         self._namespaces[id] = namespace
         self.by_number[namespace.number] = namespace

@@ -11,6 +11,8 @@ def check_invariants(store: BlockStore) -> None:
     """Assert that extents, index, queues, leases and usage agree. Walks over all blocks."""
     store.allocator.check()
     index, pools = store.index, store.pools
+    for namespace in pools.by_number.values():
+        namespace.slots.check()
     published = {
         slot: (namespace, key)
         for namespace in pools.by_number.values()

@@ -67,7 +67,7 @@ class BlockStore:
         self.allocator = ExtentAllocator(page_count)
         self.index = BlockIndex()
         self.index.pins[END] = 1  # the end of the arena is not evictable
-        self.pools = PoolTable(PAGE_BYTES, self.arena_bytes, make_policy)
+        self.pools = PoolTable(PAGE_BYTES, self.arena_bytes, make_policy, self.index.keys)
         self.leases = LeaseTable()
         self.counters: Counter[str] = Counter()
         self._pins = self.index.pins
@@ -143,11 +143,10 @@ class BlockStore:
         if namespace.retired:
             self.abandon(slot)
             return PutOutcome.UNAVAILABLE
-        known = namespace.slots.get(key)
-        if known is not None:
+        known = self.index.publish(slot, key, checksums, namespace.slots)
+        if known:
             self.abandon(slot)
             return self.compare(known, checksums)
-        self.index.publish(slot, key, checksums, namespace.slots)
         return PutOutcome.STORED
 
     def compare(self, slot: int, checksums: bytes) -> PutOutcome:
@@ -174,16 +173,17 @@ class BlockStore:
 
     def delete(self, namespace: Namespace, key: bytes) -> bool:
         """Remove a block; its memory is free when its last pin goes. False: not stored."""
-        slot = namespace.slots.pop(key, None)
-        if slot is None:
+        slot = namespace.slots.find(key)
+        if not slot:
             return False
+        namespace.slots.remove(slot)
         self._withdraw(slot)
         return True
 
     def verify(self, namespace: Namespace, key: bytes) -> bool:
         """Whether the bytes of a stored block match its checksums; a missing one does."""
-        slot = namespace.slots.get(key)
-        if slot is None:
+        slot = namespace.slots.find(key)
+        if not slot:
             return True
         expected = self.index.checksums[slot]
         return checksums_of(self.view(slot), namespace, key) == expected
@@ -302,9 +302,7 @@ class BlockStore:
     def _discard(self, slot: int, counter: str) -> int:
         """Free an unpinned block that the policy let go; returns the hole it left."""
         namespace = self.pools.by_number[self.index.namespace_numbers[slot]]
-        key = self.index.keys[slot]
-        assert key is not None
-        del namespace.slots[key]
+        namespace.slots.remove(slot)
         self.index.queued[slot] = 0
         vacant = self.index.withdraw(slot)
         assert vacant
@@ -338,9 +336,10 @@ class BlockStore:
         count = 0
         for _ in range(len(self._retired)):
             namespace = self._retired[0]
-            while namespace.slots and count < blocks_max:
-                self._withdraw(namespace.slots.popitem()[1])
-                count += 1
+            taken = namespace.slots.take(blocks_max - count)
+            for slot in taken:
+                self._withdraw(slot)
+            count += len(taken)
             if namespace.slots:
                 break
             self._retired.popleft()
