@@ -16,6 +16,13 @@ CANDIDATES = $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.1
 VENV = .venv
 RUN = $(VENV)/bin/python
 
+# Another choice than the one that made .venv makes it anew; no choice takes it as it is.
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+ifneq ($(shell cat $(VENV)/choice 2>/dev/null),$(PYTHON))
+.PHONY: $(VENV)/installed
+endif
+endif
+
 # Caches of the tools go where `make clean` finds them, and nowhere else.
 export PYTHONPYCACHEPREFIX = $(CURDIR)/$(VENV)/cache/python
 export RUFF_CACHE_DIR = $(VENV)/cache/ruff
@@ -59,6 +66,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	  /^Successfully installed/ { installed = NF - 2 }
 	  END { if (installed) print line "  " installed " packages installed" }' ||
 	  { cat $(VENV)/install.log >&2; exit 1; }
+	echo '$(PYTHON)' > $(VENV)/choice
 	touch $(VENV)/installed
 
 test: install ## Run all tests

@@ -101,8 +101,8 @@ class PutStream(abc.ABC):
 
     @abc.abstractmethod
     def reserve(self, bytes_max: int) -> list[int]:
-        """Reserve space for more of the announced blocks, of at most `bytes_max` bytes in all
-        (but at least one block if nothing is reserved at present).
+        """Decide on more of the announced blocks, in their order: reserve space of at most
+        `bytes_max` bytes for those that need some, up to the first that finds no room in it.
 
         Returns:
             Indices of the blocks that the client shall send. Blocks that are there already,

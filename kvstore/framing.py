@@ -17,7 +17,14 @@ from typing import NamedTuple
 
 from kvstore.checksum import short_checksum
 from kvstore.errors import RemoteProtocolError
-from kvstore.wire import HEADER_BYTES, PAYLOAD_BYTES_MAX, FrameType, Header, decode_header
+from kvstore.wire import (
+    HEADER_BYTES,
+    METADATA_BYTES_MAX,
+    PAYLOAD_BYTES_MAX,
+    FrameType,
+    Header,
+    decode_header,
+)
 
 # The kernel takes 1,024 buffers a call (IOV_MAX in <limits.h>).
 BUFFERS_PER_CALL_MAX = 1024
@@ -54,6 +61,8 @@ class FrameReader:
         self._views: list[memoryview] = []
         self._view_index = 0
         self._scratch: memoryview | None = None
+        #: Longer metadata is refused before there is memory for it.
+        self.metadata_bytes_max = METADATA_BYTES_MAX
         #: Bytes that the last `buffers()` asked for.
         self.requested_bytes = 0
 
@@ -137,6 +146,11 @@ class FrameReader:
         return [self._scratch[:length]]
 
     def _begin(self, header: Header) -> None:
+        if header.metadata_length > self.metadata_bytes_max:
+            raise RemoteProtocolError(
+                f"{header.type.name}: metadata of {header.metadata_length} bytes, the limit is"
+                f" {self.metadata_bytes_max} here"
+            )
         self._metadata = bytearray(header.metadata_length)
         self._metadata_left = header.metadata_length
         views: list[memoryview] = [memoryview(self._metadata)] if header.metadata_length else []

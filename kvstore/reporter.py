@@ -22,12 +22,14 @@ from kvstore.loadreport import (
     RequesterLoad,
     RequesterTable,
 )
+from kvstore.messages import encode
 from kvstore.rates import CapacityEstimator, RateEstimator
 
 if TYPE_CHECKING:
     from kvstore.serving import Server, ServerConnection
 
-Push = Callable[[LoadReport], None]
+# Gets an encoded load report: one encoding serves all who want it.
+Push = Callable[[bytes], None]
 
 _GAP_MS = round(PUSH_GAP_S * 1e3)
 _INTERVAL_MS = round(PUSH_INTERVAL_S * 1e3)
@@ -108,7 +110,8 @@ class LoadReporter:
         self._push(list(self._subscribers.values()))
 
     def subscribe(self, push: Push, interval_ms: int) -> None:
-        """Call `push` with a report at least every `interval_ms`, and soon after changes."""
+        """Call `push` with an encoded report at least every `interval_ms`, and soon after
+        changes."""
         rounded_ms = _GAP_MS
         while 2 * rounded_ms <= interval_ms:
             rounded_ms *= 2
@@ -219,10 +222,13 @@ class LoadReporter:
         try:
             made = self._report = self._sample(now)
             for group in groups:
+                if not group.pushes:
+                    continue
                 report = made
                 if group.interval_ms != _INTERVAL_MS:
                     report = msgspec.structs.replace(made, interval_ms=group.interval_ms)
+                encoded = encode(report)
                 for push in list(group.pushes):
-                    push(report)
+                    push(encoded)
         finally:
             self._arm()

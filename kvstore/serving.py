@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.allowance import Allowance
 from kvstore.blocksource import BlockSource, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import Endpoint
@@ -66,6 +67,7 @@ from kvstore.messages import (
     Status,
     Subscribe,
     Welcome,
+    exception_to_error,
 )
 from kvstore.protocol import ServerHooks, ServerProtocol
 from kvstore.reporter import LoadReporter
@@ -112,6 +114,10 @@ REFUSALS_MAX = 64
 DRAIN_POLL_S = 0.01
 # How often stalled connections are looked for.
 SWEEP_INTERVAL_S = 1.0
+# Lines of each kind that peers can put into the log as often as they like: a burst tells what
+# goes on, and a line a second at 200 bytes is 17 MB a day.
+LOG_LINES_BURST = 20
+LOG_LINES_PER_S = 1.0
 
 
 class Session:
@@ -131,6 +137,16 @@ class Session:
         if len(self.early_cancels) > EARLY_CANCELS_MAX:
             self.early_cancels.popitem(last=False)
         return False
+
+
+class _Lines:
+    """What of one kind of line may go into the log, and how many have not since the last."""
+
+    __slots__ = ("allowance", "left_out")
+
+    def __init__(self) -> None:
+        self.allowance = Allowance(LOG_LINES_PER_S, LOG_LINES_BURST)
+        self.left_out = 0
 
 
 class _Timing:
@@ -157,6 +173,7 @@ class ServerConnection(ServerHooks):
         self._subscription: int | None = None
         self._reported_until = 0  # position in the output at which the last report ends
         self._sent_seen = 0
+        self._abandoned_count = 0  # requests that were under way when the connection ended
         self.protocol = ServerProtocol(self, server.options.in_flight_bytes_max)
         self.connection = FrameConnection(server.loop, stream, self.protocol, self._closed)
 
@@ -198,12 +215,15 @@ class ServerConnection(ServerHooks):
             _HANDLERS[type](self, request_id, message)
         except LocalProtocolError as error:
             # The source calls a wrong request our own mistake; here it is the peer's.
-            server.counters["requests_refused"] += 1
             raise RefusedError(str(error)) from error
-        except KVStoreError as error:
-            server.counters["requests_refused"] += 1
-            logger.info("%s from %s refused: %s", type.name, self._peer_name(), error)
-            raise
+
+    def refused(self, type: FrameType, error: KVStoreError) -> None:
+        told = exception_to_error(error)
+        counters = self.server.counters
+        counters["requests_refused"] += 1
+        counters[f"requests_refused_{told.code}"] += 1
+        text = "%s from %s refused: %s"
+        self.server.note(logging.INFO, text, type.name, self._peer_name(), told.message)
 
     def fetch_begins(self, request_id: int) -> None:
         self._timings[request_id].begun_at = self.server.loop.time()
@@ -309,7 +329,8 @@ class ServerConnection(ServerHooks):
 
     def _corrupt_report(self, request_id: int, message: CorruptReport) -> None:
         dropped = self.server.source.check(message.namespace, message.keys)
-        logger.warning(
+        self.server.note(
+            logging.WARNING,
             "%s reports %d corrupt blocks, %d of ours were bad and are dropped",
             self._peer_name(),
             len(message.keys),
@@ -332,12 +353,12 @@ class ServerConnection(ServerHooks):
 
     # --- the rest --------------------------------------------------------------------------
 
-    def _push_report(self, report: LoadReport) -> None:
+    def _push_report(self, encoded: bytes) -> None:
         assert self._subscription is not None
         writer = self.protocol.writer
         # A subscriber that reads nothing gets no second report to hold for it.
         if writer.sent_total >= self._reported_until:
-            self.protocol.report(self._subscription, report)
+            self.protocol.report(self._subscription, encoded)
             self._reported_until = writer.sent_total + writer.queued_bytes
 
     def _begin(self, request_id: int, deadline_ms: int) -> None:
@@ -349,6 +370,8 @@ class ServerConnection(ServerHooks):
         timing = self._timings.pop(request_id, None)
         if timing is not None:
             timing.deadline.cancel()
+        if self.protocol.lost_by is not None:
+            self._abandoned_count += 1
         self.server.reporter.touch()
         return timing
 
@@ -365,11 +388,16 @@ class ServerConnection(ServerHooks):
     def sweep(self, now: float) -> None:
         """Close the connection if its peer has left it hanging."""
         options = self.server.options
+        connection, protocol = self.connection, self.protocol
+        # Each direction by itself: who sends PING after PING may still read nothing.
+        stalled_s = 0.0
+        if protocol.writer.queued_bytes:
+            stalled_s = now - connection.sent_at
+        if protocol.reader.mid_frame:
+            stalled_s = max(stalled_s, now - connection.received_at)
         if self.session is None and now - self.opened_at > options.hello_timeout_s:
             self.connection.close(TransportTimeout("no HELLO"))
-        elif now - self.connection.active_at > options.stall_timeout_s and (
-            self.protocol.writer.queued_bytes or self.protocol.reader.mid_frame
-        ):
+        elif stalled_s > options.stall_timeout_s:
             self.server.counters["connections_stalled"] += 1
             self.connection.close(TransportTimeout(f"{self._peer_name()} has stalled"))
 
@@ -397,7 +425,12 @@ class ServerConnection(ServerHooks):
             logger.debug("%s: %s", self._peer_name(), reason)
         else:
             server.counters["connections_broken"] += 1
-            logger.warning("connection of %s dropped: %s", self._peer_name(), reason)
+            text = "connection of %s dropped: %s"
+            server.note(logging.WARNING, text, self._peer_name(), reason)
+        if self._abandoned_count:
+            server.counters["requests_abandoned"] += self._abandoned_count
+            text = "%d requests under way ended with the connection of %s: %s"
+            server.note(logging.INFO, text, self._abandoned_count, self._peer_name(), reason)
         if self.session is not None and self.session_key is not None:
             self.session.connections.discard(self)
             if not self.session.connections:
@@ -463,6 +496,7 @@ class Server:
         self._listeners: list[Listener] = []
         self._started_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
+        self._lines: dict[str, _Lines] = {}
 
     async def start(self) -> None:
         """Bind and begin to serve.
@@ -480,6 +514,7 @@ class Server:
             for listener in self._listeners:
                 listener.close()
             self._listeners.clear()
+            self.reporter.close()
             raise
         self.endpoints = [listener.endpoint for listener in self._listeners]
         for listener in self._listeners:
@@ -540,6 +575,20 @@ class Server:
     def report(self) -> LoadReport:
         """A new load report."""
         return self.reporter.make()
+
+    def note(self, level: int, text: str, *args: object) -> None:
+        """Log what peers can cause as often as they like; beyond a few lines of one kind (that
+        is, of one `text`) only their number."""
+        lines = self._lines.get(text)
+        if lines is None:
+            lines = self._lines[text] = _Lines()
+        if not lines.allowance.take(self.loop.time(), 1):
+            lines.left_out += 1
+            return
+        if lines.left_out:
+            logger.log(level, "%d lines like the next one were left out", lines.left_out)
+            lines.left_out = 0
+        logger.log(level, text, *args)
 
     def _accept(self, link: str, stream: Stream) -> None:
         if len(self.connections) >= self.options.connections_max + REFUSALS_MAX:

@@ -57,6 +57,8 @@ JSON_VERSION = 1
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 BLOCKS_DEFAULT = 1_000_000
+# One session may lease half of the arena, and a lookup leases this many.
+BLOCKS_MIN = 2 * PREFIX_KEYS
 # An arena of 64 GiB in the smallest blocks; beyond it the run takes minutes and 6 GB.
 BLOCKS_MAX = 16_000_000
 REPETITIONS_DEFAULT = 50
@@ -118,7 +120,7 @@ def measure(blocks: int, repetitions: int, progress: Progress) -> Cost:
     """Measure everything.
 
     Args:
-        blocks: In the arena, at least `PREFIX_KEYS`.
+        blocks: In the arena, at least `BLOCKS_MIN`.
         repetitions: Lookups of each kind.
         progress: Told what is done, how much of it, and of how much.
     """
@@ -388,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     progress = _ProgressLine(sys.stderr)
     try:
-        _check("--blocks", args.blocks, PREFIX_KEYS, BLOCKS_MAX)
+        _check("--blocks", args.blocks, BLOCKS_MIN, BLOCKS_MAX)
         _check("--repetitions", args.repetitions, 1, REPETITIONS_MAX)
         if args.json is not None and not args.json.parent.is_dir():
             raise ConfigError("--json", args.json, "lies in a directory that exists")
@@ -434,7 +436,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=BLOCKS_DEFAULT,
         metavar="N",
-        help=f"in the arena, {PREFIX_KEYS:,} or more (default: {BLOCKS_DEFAULT:,};"
+        help=f"in the arena, {BLOCKS_MIN:,} or more (default: {BLOCKS_DEFAULT:,};"
         " that takes 700 MB and less than a minute)",
     )
     parser.add_argument(

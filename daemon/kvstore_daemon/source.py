@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.allowance import Allowance
 from kvstore.blocksource import BlockSource, FetchStream, PutStream
 from kvstore.errors import LocalProtocolError, Unsupported
-from kvstore.layout import Layout, PieceMap
+from kvstore.layout import BLOCK_BYTES_MAX, Layout, PieceMap
 from kvstore.loadreport import BufferLoad, DiskLoad
 from kvstore.messages import (
     LEASE_MS_MAX,
@@ -26,8 +27,9 @@ from kvstore_daemon.engine.policy import EvictionPolicy
 from kvstore_daemon.engine.store import BlockStore
 from kvstore_daemon.streams import ArenaFetch, ArenaPut
 
-# One report of corrupt blocks makes the loop hash no more than this: about 10 ms.
-CHECK_BYTES_PER_CALL_MAX = 256 * 1024 * 1024
+# What reports of corrupt blocks make the loop hash in a second, and at once after a while
+# without any: about 10 ms. A block of the largest size that there is still gets its turn.
+CHECK_BYTES_PER_S = BLOCK_BYTES_MAX
 
 
 class ArenaSource(BlockSource):
@@ -56,6 +58,7 @@ class ArenaSource(BlockSource):
         ticks = itertools.count()
         self.store = BlockStore(arena, lambda capacity: make_policy(capacity, ticks))
         self._clock = clock
+        self._checks = Allowance(CHECK_BYTES_PER_S, CHECK_BYTES_PER_S)
         capacities, pins = capacities or {}, pins or {}
         for name in sorted({*capacities, *pins}):
             self.store.pools.configure(name, capacities.get(name, 0), pins.get(name, b""))
@@ -127,16 +130,18 @@ class ArenaSource(BlockSource):
     def check(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
         """Verify stored blocks now and drop the bad ones.
 
-        Looks at `CHECK_BYTES_PER_CALL_MAX` and at least one block; the rest counts as good.
+        What is beyond `CHECK_BYTES_PER_S` counts as good.
         """
-        opened = self.store.pools.namespace(namespace)
-        count_max = max(1, CHECK_BYTES_PER_CALL_MAX // opened.geometry.block_bytes)
+        opened, now = self.store.pools.namespace(namespace), self._clock()
         dropped = bytearray(len(keys))
-        for index, key in enumerate(keys[:count_max]):
-            if not self.store.verify(opened, key):
+        for index, key in enumerate(keys):
+            if not opened.slots.find(key):
+                continue
+            if not self._checks.take(now, opened.geometry.block_bytes):
+                self.store.counters["checks_skipped"] += 1
+            elif not self.store.verify(opened, key):
                 dropped[index] = self.store.delete(opened, key)
         self.store.counters["blocks_corrupt"] += sum(dropped)
-        self.store.counters["checks_skipped"] += max(0, len(keys) - count_max)
         return bytes(dropped)
 
     def owner_gone(self, owner: object) -> None:

@@ -19,6 +19,9 @@ from kvstore_daemon.engine.store import PAGE_BYTES, BlockStore, checksums_of
 
 # Half of what one sendmsg takes (IOV_MAX is 1,024): a chunk and its frame header always fit.
 BUFFERS_PER_CHUNK_MAX = 512
+# Keys found missing in one go, about 0.1 ms; then others have their turn, and the peer hears
+# which ones there are.
+MISSES_PER_CHUNK_MAX = 512
 # What a fetch in layer order may keep pinned between the groups of a block. Beyond that a
 # block is looked up again for each group, so that slow readers cannot pin the whole arena.
 HELD_BYTES_PER_FETCH_MAX = 64 * 1024 * 1024
@@ -64,12 +67,16 @@ class ArenaFetch(FetchStream):
         first, last, _, _ = pieces.group_ranges[0]
         checksums_max = CHECKSUM_BYTES_PER_CHUNK_MAX // ((last - first) * CHECKSUM_BYTES)
         self._buffers_max = min(BUFFERS_PER_CHUNK_MAX, checksums_max)
-        # The next byte to give out, as piece and offset. Inside of a piece its block is
-        # pinned by `_cut`.
-        self._piece = 0
+        # The next byte to give out: a group, which of the blocks that are left, and where in
+        # that piece. Inside of a piece its block is pinned by `_cut`.
+        self._group = 0
+        self._left: Sequence[int] = range(len(keys))
+        self._position = 0
         self._offset = 0
         self._cut = 0
+        # What the peer has yet to hear of; and whether some of `_left` have failed.
         self._failed: list[int] = []
+        self._fewer = False
         # Between groups (order=layer): slots that stay pinned, and the versions of those
         # that do not, both by index of the key.
         self._held: dict[int, int] = {}
@@ -77,7 +84,7 @@ class ArenaFetch(FetchStream):
 
     @property
     def finished(self) -> bool:
-        return self._piece == self._pieces.piece_count
+        return self._group == self._pieces.group_count
 
     @property
     def queued_bytes(self) -> int:
@@ -93,47 +100,52 @@ class ArenaFetch(FetchStream):
         pieces = self._pieces
         if self.finished:
             return None
+        if not (self._group or self._offset) and not self._skip_missing():
+            return self._news()
         if pieces.group_count == 1 and not self._offset and pieces.span_bytes <= bytes_max:
             return self._whole_blocks(bytes_max)
         return self._parts(bytes_max)
 
     def stop(self, outcome: FetchOutcome) -> None:
-        self._piece = self._pieces.piece_count
+        self._group = self._pieces.group_count
         self._queued_bytes = 0
         self._outcomes = self._outcomes.replace(bytes([_PENDING]), bytes([outcome]))
         self._store.unpin([*self._held.values(), *([self._cut] if self._cut else [])])
         self._held.clear()
         self._cut = 0
 
-    def _whole_blocks(self, bytes_max: int) -> Chunk | None:
+    def _skip_missing(self) -> bool:
+        """Fail the next keys, as far as they are missing; whether a stored one follows soon."""
+        keys, find, first = self._keys, self._namespace.slots.find, self._position
+        end = min(len(keys), first + MISSES_PER_CHUNK_MAX)
+        found = first
+        while found < end and not find(keys[found]):
+            found += 1
+        if found > first:
+            self._fail(0, first, found - first)
+            self._go_to(found)
+        return found < end
+
+    def _whole_blocks(self, bytes_max: int) -> Chunk:
         """A run of stored blocks, each one piece that fits: the hot path."""
         store, keys, known = self._store, self._keys, self._namespace.slots
         _, _, start, size = self._pieces.group_ranges[0]
-        first = self._piece
-        while first < len(keys) and keys[first] not in known:
-            self._fail(0, first)
-            first += 1
+        first = self._position
         pins, starts, arena = store.index.pins, store.allocator.starts, store.arena
-        slots: list[int] = []
+        wanted = keys[first : first + min(bytes_max // size, self._buffers_max)]
+        slots = known.run_of(wanted)
         buffers: list[memoryview] = []
-        missing = False
-        for key in keys[first : first + min(bytes_max // size, self._buffers_max)]:
-            slot = known.get(key)
-            if slot is None:
-                missing = True
-                break
+        for slot in slots:
             pins[slot] += 1
             begin = starts[slot] * PAGE_BYTES + start
-            slots.append(slot)
             buffers.append(arena[begin : begin + size])
         count = len(slots)
-        self._piece = first + count
-        if not count:
-            return None  # finished: every key that was left is missing
-        self._outcomes[first : self._piece] = bytes(count)  # FetchOutcome.HIT is 0
-        if missing:
-            self._fail(0, self._piece)
-            self._piece += 1
+        after = first + count
+        self._outcomes[first:after] = bytes(count)  # FetchOutcome.HIT is 0
+        if count < len(wanted):
+            self._fail(0, after)
+            after += 1
+        self._go_to(after)
         length = count * size
         self._queued_bytes -= length
         store.counters["fetch_hits"] += count
@@ -152,26 +164,28 @@ class ArenaFetch(FetchStream):
     def _parts(self, bytes_max: int) -> Chunk | None:
         """The next run of pieces that are large, or of some layers only."""
         store, pieces = self._store, self._pieces
-        first_piece = first_offset = -1
+        first_piece = first_offset = next_piece = -1
         slots: list[int] = []
         buffers: list[memoryview] = []
         begun: list[int] = []
         checksums: list[bytes] = []
-        length = 0
+        length = miss_count = 0
         while not self.finished and length < bytes_max and len(buffers) < self._buffers_max:
-            group, index = divmod(self._piece, pieces.key_count)
+            group, index = self._group, self._left[self._position]
+            piece = group * pieces.key_count + index
             _, _, start, size = pieces.group_ranges[group]
             left, room = size - self._offset, bytes_max - length
-            if buffers and left > room and size <= bytes_max:
-                break  # it fits whole into the next chunk
+            if buffers and (piece != next_piece or (left > room and size <= bytes_max)):
+                break  # a gap; or it fits whole into the next chunk
             slot = self._cut or self._find(group, index)
             if not slot:
-                self._piece += 1
-                if buffers:
+                self._go_to(self._position + 1)
+                miss_count += 1
+                if buffers or miss_count == MISSES_PER_CHUNK_MAX:
                     break
                 continue
             if not buffers:
-                first_piece, first_offset = self._piece, self._offset
+                first_piece, first_offset = piece, self._offset
             if not self._offset:
                 begun.append(slot)
                 checksums.append(self._checksums(group, [slot]))
@@ -181,9 +195,10 @@ class ArenaFetch(FetchStream):
             store.pin(slot)
             slots.append(slot)
             length += take
+            next_piece = piece + 1
             self._advance(group, index, slot, take, size)
         if not buffers:
-            return None  # finished: every key that was left is missing
+            return self._news()
         self._queued_bytes -= length
         store.counters["fetch_bytes"] += length
         if first_piece < pieces.key_count:
@@ -198,6 +213,13 @@ class ArenaFetch(FetchStream):
             self._take_failed(),
         )
 
+    def _news(self) -> Chunk | None:
+        """No payload: a chunk that tells of misses only, or none at the end, for DONE tells all."""
+        if self.finished:
+            return None
+        piece = self._group * self._pieces.key_count + self._left[self._position]
+        return Chunk(piece, 0, [], 0, b"", _nothing, self._take_failed())
+
     def _advance(self, group: int, index: int, slot: int, take: int, size: int) -> None:
         """`take` bytes of a piece were given out; the chunk has a pin of its own."""
         store = self._store
@@ -207,7 +229,6 @@ class ArenaFetch(FetchStream):
                 store.pin(slot)
                 self._cut = slot
             return
-        self._piece += 1
         self._offset = 0
         if self._cut:
             self._cut = 0
@@ -217,15 +238,28 @@ class ArenaFetch(FetchStream):
             store.counters["fetch_hits"] += 1
             if self._held.pop(index, 0):
                 store.unpin([slot])
+        self._go_to(self._position + 1)
+
+    def _go_to(self, position: int) -> None:
+        """Go on with another of the blocks that are left, or with the next group."""
+        self._position = position
+        if position < len(self._left):
+            return
+        self._position = 0
+        self._group += 1
+        if self._fewer:
+            outcomes = self._outcomes
+            self._left = [index for index in self._left if outcomes[index] == _PENDING]
+            self._fewer = False
+        if not self._left:
+            self._group = self._pieces.group_count
 
     def _find(self, group: int, index: int) -> int:
         """The slot of a block of which a piece is due, 0 if the block is missing by now."""
         if index in self._held:
             return self._held[index]
-        if self._outcomes[index] != _PENDING:
-            return 0  # failed in an earlier group
-        slot = self._namespace.slots.get(self._keys[index])
-        if slot is None:
+        slot = self._namespace.slots.find(self._keys[index])
+        if not slot:
             self._fail(group, index)
             return 0
         version = self._store.index.checksums[slot]
@@ -243,11 +277,15 @@ class ArenaFetch(FetchStream):
                 self._versions[index] = version
         return slot
 
-    def _fail(self, group: int, index: int) -> None:
-        self._outcomes[index] = FetchOutcome.MISS
-        self._failed.append(index)
-        self._queued_bytes -= sum(size for *_, size in self._pieces.group_ranges[group:])
-        self._store.counters["fetch_misses"] += 1
+    def _fail(self, group: int, index: int, count: int = 1) -> None:
+        """From a group on, some consecutive blocks are missing."""
+        self._outcomes[index : index + count] = bytes([FetchOutcome.MISS]) * count
+        self._failed.extend(range(index, index + count))
+        self._fewer = True
+        pieces = self._pieces
+        end = pieces.geometry.offsets[pieces.layer_last]
+        self._queued_bytes -= (end - pieces.group_ranges[group][2]) * count
+        self._store.counters["fetch_misses"] += count
 
     def _take_failed(self) -> tuple[int, ...]:
         failed = tuple(self._failed)
@@ -312,14 +350,14 @@ class ArenaPut(PutStream):
         full = False
         while self._next < len(self._keys):
             index = self._next
-            known = namespace.slots.get(self._keys[index])
-            if known is not None:
+            known = namespace.slots.find(self._keys[index])
+            if known:
                 self._decide(index, store.compare(known, self._announced(index)))
             elif namespace.retired:
                 self._decide(index, PutOutcome.UNAVAILABLE)
             elif full:
                 self._decide(index, PutOutcome.FULL)
-            elif self._reserved and (len(wanted) + 1) * block_bytes > bytes_max:
+            elif (len(wanted) + 1) * block_bytes > bytes_max:
                 break
             elif slot := store.reserve(namespace):
                 self._reserved[index] = (slot, store.view(slot))

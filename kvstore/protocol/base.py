@@ -39,6 +39,8 @@ class FrameProtocol(abc.ABC):
         self.writer = FrameWriter()
         #: Set by the shell: something was queued outside of `receive` and `fill`.
         self.on_output: Callable[[], None] = lambda: None
+        #: Set by `fill` when it has more to do and let others have their turn first.
+        self.unfilled = False
         #: Why the connection is gone; None while it is not.
         self.lost_by: Exception | None = None
 
@@ -55,7 +57,7 @@ class FrameProtocol(abc.ABC):
 
     @abc.abstractmethod
     def fill(self) -> None:
-        """Top the writer up with payload."""
+        """Top the writer up with payload: a bounded piece of work, see `unfilled`."""
 
     @abc.abstractmethod
     def lost(self, error: Exception) -> None:
@@ -74,7 +76,11 @@ class FrameProtocol(abc.ABC):
     def _send(
         self, type: FrameType, request_id: int, message: msgspec.Struct, flags: int = 0
     ) -> None:
-        metadata = encode(message)
+        self._send_encoded(type, request_id, encode(message), flags)
+
+    def _send_encoded(
+        self, type: FrameType, request_id: int, metadata: bytes, flags: int = 0
+    ) -> None:
         header = encode_header(type, request_id, metadata, flags=flags)
         self.writer.push((header + metadata,), HEADER_BYTES + len(metadata))
         self.on_output()

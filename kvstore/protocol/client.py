@@ -20,15 +20,23 @@ from kvstore.loadreport import LoadReport
 from kvstore.messages import (
     REPLIES,
     Channel,
+    CorruptReply,
+    CorruptReport,
     Data,
+    Delete,
+    DeleteReply,
     Done,
     Error,
     Fetch,
     Goaway,
     Hello,
+    Lookup,
+    LookupReply,
     Message,
     Put,
     PutDone,
+    Release,
+    ReleaseReply,
     Want,
     Welcome,
     decode,
@@ -50,9 +58,13 @@ CALLS_MAX = 16_384
 
 
 class _Call:
-    """A request of ours that waits for its reply."""
+    """A request of ours that waits for its reply.
 
-    __slots__ = ("on_reply", "on_report", "replied", "transfer", "type")
+    Args:
+        item_count: Keys or leases that the reply says something of, each.
+    """
+
+    __slots__ = ("item_count", "on_reply", "on_report", "replied", "transfer", "type")
 
     def __init__(
         self,
@@ -60,8 +72,10 @@ class _Call:
         on_reply: Callable[[Reply], None],
         transfer: FetchTransfer | PutTransfer | None = None,
         on_report: Callable[[LoadReport], None] | None = None,
+        item_count: int = 0,
     ) -> None:
         self.type = type
+        self.item_count = item_count
         self.replied = False
         self.on_reply = on_reply
         self.transfer = transfer
@@ -101,7 +115,8 @@ class ClientProtocol(FrameProtocol):
     ) -> None:
         """Send a request with one reply. `on_reply` gets it, or a RefusedError, or the
         error that ended the connection (at once if it is gone already)."""
-        self._begin(request_id, message, _Call(type, on_reply))
+        count = _item_count(message)
+        self._begin(request_id, message, _Call(type, on_reply, item_count=count))
 
     def subscribe(
         self,
@@ -274,12 +289,44 @@ class ClientProtocol(FrameProtocol):
             and header.flags & Flags.REPLY
             and not call.replied
         ):
+            _check_items(header.type, message, call.item_count)
             call.replied = True
             if call.on_report is None:
                 del self._calls[header.request_id]
             call.on_reply(message)
         else:
             raise RemoteProtocolError(f"{header.type.name} does not answer this request")
+
+
+def _item_count(request: Message) -> int:
+    """Of how many items the reply to a request speaks, one by one."""
+    if isinstance(request, Lookup | Delete | CorruptReport):
+        return len(request.keys)
+    return len(request.leases) if isinstance(request, Release) else 0
+
+
+def _check_items(type: FrameType, reply: Message, count: int) -> None:
+    """Whether a reply speaks of as many items as were asked for.
+
+    Raises:
+        RemoteProtocolError: It does not; a bitmap of a megabyte must not be looked through.
+    """
+    answer: Sequence[Any]
+    if isinstance(reply, LookupReply):
+        answer, expected = reply.bitmap, (count + 7) // 8
+    elif isinstance(reply, DeleteReply):
+        answer, expected = reply.deleted, count
+    elif isinstance(reply, CorruptReply):
+        answer, expected = reply.dropped, count
+    elif isinstance(reply, ReleaseReply):
+        answer, expected = reply.held, count
+    else:
+        return
+    if len(answer) != expected:
+        what = "bytes of bitmap" if isinstance(reply, LookupReply) else "answers"
+        raise RemoteProtocolError(
+            f"{type.name}: {len(answer)} {what} for {count} items, expected {expected}"
+        )
 
 
 def hello_message(

@@ -19,7 +19,6 @@ from kvstore.errors import (
     VersionMismatch,
 )
 from kvstore.framing import Frame
-from kvstore.loadreport import LoadReport
 from kvstore.messages import (
     REQUESTS,
     Done,
@@ -36,6 +35,7 @@ from kvstore.messages import (
 )
 from kvstore.protocol.base import FILL_BYTES, FrameProtocol
 from kvstore.wire import (
+    METADATA_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
     VERSION_MAX,
     VERSION_MIN,
@@ -46,6 +46,17 @@ from kvstore.wire import (
 
 # Fetches and puts under way on one connection; an engine batches, it does not flood.
 REQUESTS_PER_CONNECTION_MAX = 256
+# Metadata of the fetches and puts under way on one connection, which stays for as long as
+# they do. As much as a client of ours may have: 128 FETCHes of 4,096 keys of 32 bytes are
+# 17 MiB, 16 PUTs 16 MiB. A key takes two to three times its length here.
+HELD_METADATA_BYTES_MAX = 20 * 1024 * 1024
+# Until a peer has said who it is: room for a token, capabilities and names as long as may be.
+HELLO_BYTES_MAX = 16 * 1024
+# Chunks and ends of fetches in one `fill`, then other connections have their turn: at most a
+# few ms, while 32 chunks of 64 blocks are far more than a socket takes.
+STEPS_PER_FILL_MAX = 32
+# Puts that are given room in one go. Each may have 4,096 keys to look at, about 2 ms.
+PUTS_PER_TURN_MAX = 4
 # Ids of puts that ended while their bytes may still be arriving. A client stops sending when
 # it learns of the end, so only the newest matter.
 ENDED_PUTS_MAX = 1024
@@ -67,6 +78,10 @@ class ServerHooks(abc.ABC):
         `add_fetch` or `add_put`. A KVStoreError that is raised refuses the request."""
 
     @abc.abstractmethod
+    def refused(self, type: FrameType, error: KVStoreError) -> None:
+        """A request was refused, by `request` or because its metadata is none for its type."""
+
+    @abc.abstractmethod
     def fetch_begins(self, request_id: int) -> None:
         """The first bytes of a fetch are about to be sent."""
 
@@ -80,14 +95,20 @@ class ServerHooks(abc.ABC):
 
 
 class _PutReceiver:
-    """Bytes of one put on their way into reserved blocks."""
+    """Bytes of one put on their way into reserved blocks.
 
-    __slots__ = ("block_bytes", "filled", "stream")
+    Attributes:
+        filled: For each block under way, how many of its bytes have a place.
+        reserved_bytes: What the stream had reserved when it was last asked.
+    """
+
+    __slots__ = ("block_bytes", "filled", "reserved_bytes", "stream")
 
     def __init__(self, stream: PutStream, block_bytes: int) -> None:
         self.stream = stream
         self.block_bytes = block_bytes
         self.filled: dict[int, int] = {}
+        self.reserved_bytes = 0
 
     def route(self, header: Header) -> list[memoryview]:
         """Destination for the payload of a DATA frame: consecutive reserved blocks."""
@@ -127,7 +148,8 @@ class ServerProtocol(FrameProtocol):
 
     Args:
         hooks: The shell.
-        in_flight_bytes_max: Bytes of puts that may be reserved and on their way.
+        in_flight_bytes_max: Bytes of puts that may be reserved and on their way, except that
+            one block always may.
     """
 
     def __init__(self, hooks: ServerHooks, in_flight_bytes_max: int) -> None:
@@ -140,7 +162,17 @@ class ServerProtocol(FrameProtocol):
         self._arrivals = 0
         self._waiting: set[int] = set()  # fetches of which nothing was sent yet
         self._puts: dict[int, _PutReceiver] = {}
+        self._reserved_bytes = 0  # of all puts
+        # Puts that may want more blocks, in the order in which they get room for them; and
+        # whether there is room that nobody was given yet.
+        self._wanting_puts: dict[int, None] = {}
+        self._room_left = False
         self._ended_puts: OrderedDict[int, None] = OrderedDict()
+        # Metadata of the request that is being handled, and of those under way.
+        self._request_bytes = 0
+        self._held: dict[int, int] = {}
+        self._held_bytes = 0
+        self.reader.metadata_bytes_max = HELLO_BYTES_MAX
 
     @property
     def request_count(self) -> int:
@@ -160,9 +192,9 @@ class ServerProtocol(FrameProtocol):
         """Answer a request with an ERROR."""
         self._send(FrameType.ERROR, request_id, exception_to_error(error), Flags.REPLY)
 
-    def report(self, request_id: int, report: LoadReport) -> None:
-        """Push a load report to a subscriber."""
-        self._send(FrameType.LOAD_REPORT, request_id, report)
+    def report(self, request_id: int, encoded: bytes) -> None:
+        """Push a load report to a subscriber, encoded once for all of them."""
+        self._send_encoded(FrameType.LOAD_REPORT, request_id, encoded)
 
     def goaway(self, reason: str) -> None:
         """Tell the peer to send no new requests."""
@@ -173,6 +205,7 @@ class ServerProtocol(FrameProtocol):
         self.check_room(request_id)
         stream.on_ready = self.on_output
         self._arrivals += 1
+        self._hold(request_id)
         self._waiting.add(request_id)
         bisect.insort(
             self._fetches, (priority, self._arrivals, request_id, stream), key=lambda e: e[:2]
@@ -182,9 +215,12 @@ class ServerProtocol(FrameProtocol):
     def add_put(self, request_id: int, stream: PutStream, block_bytes: int) -> None:
         """Take a put: ask for its blocks as the budget allows."""
         self.check_room(request_id)
-        stream.on_decided = lambda: self._pump_put(request_id)
+        self._hold(request_id)
+        stream.on_decided = lambda: self._put_moved(request_id)
         self._puts[request_id] = _PutReceiver(stream, block_bytes)
-        self._pump_put(request_id)
+        if self._wanting_puts:
+            stream.reserve(0)  # what needs no room does not wait for those that do
+        self._put_moved(request_id)
 
     def stop_request(self, request_id: int, timed_out: bool = True) -> bool:
         """End a fetch or a put early; its DONE or PUT_DONE follows. False: not under way."""
@@ -198,13 +234,19 @@ class ServerProtocol(FrameProtocol):
             return False
         self.reader.divert(request_id)
         put.stream.stop(PutOutcome.TIMEOUT if timed_out else PutOutcome.UNAVAILABLE)
-        self._pump_put(request_id)
+        self._put_moved(request_id)
         return True
 
     def fill(self) -> None:
+        if self._room_left:
+            self._pump_puts()
         writer = self.writer
-        position = 0
+        position = steps = 0
         while position < len(self._fetches) and writer.queued_bytes < FILL_BYTES:
+            if steps == STEPS_PER_FILL_MAX:
+                self.unfilled = True
+                return
+            steps += 1
             _, _, request_id, stream = self._fetches[position]
             chunk = stream.next_chunk(PAYLOAD_BYTES_MAX)
             if chunk is not None:
@@ -215,15 +257,21 @@ class ServerProtocol(FrameProtocol):
             elif stream.finished:
                 del self._fetches[position]
                 self._waiting.discard(request_id)
+                self._let_go(request_id)
                 self._send(FrameType.DONE, request_id, self._hooks.fetch_done(request_id, stream))
             else:
                 position += 1  # waits for its source; others may go on
+                steps -= 1
+        self.unfilled = self._room_left
 
     def lost(self, error: Exception) -> None:
         self.lost_by = error
         fetches, self._fetches = self._fetches, []
         self._waiting.clear()
         puts, self._puts = self._puts, {}
+        self._wanting_puts.clear()
+        self._room_left = self.unfilled = False
+        self._held.clear()
         # The last one first; all of them, even if one fails.
         with contextlib.ExitStack() as ending:
             ending.callback(self.writer.abort)
@@ -236,8 +284,13 @@ class ServerProtocol(FrameProtocol):
                 ending.callback(fetch.stop, FetchOutcome.UNAVAILABLE)
 
     def refuse(self, error: Exception) -> None:
-        message = exception_to_error(error)
-        self._send(FrameType.ERROR, 0, message)
+        # The connection lingers until the peer has read why; what it holds does not.
+        for request_id, put in self._puts.items():
+            self.reader.divert(request_id)
+            put.stream.stop(PutOutcome.UNAVAILABLE)
+        for *_, fetch in self._fetches:
+            fetch.stop(FetchOutcome.UNAVAILABLE)
+        self._send(FrameType.ERROR, 0, exception_to_error(error))
 
     def check_room(self, request_id: int) -> None:
         """Refuse a fetch or a put beyond the limit, or under an id that is in use."""
@@ -275,6 +328,9 @@ class ServerProtocol(FrameProtocol):
                 f" read, the limit is {OUTPUT_BYTES_MAX}"
             )
         try:
+            self._request_bytes = len(metadata)
+            if header.type in _HELD_TYPES:
+                self._check_held(header.type)
             message_type = REQUESTS.get(header.type)
             if message_type is None:
                 raise Unsupported(f"{header.type.name} is not supported here")
@@ -282,6 +338,7 @@ class ServerProtocol(FrameProtocol):
             self._hooks.request(header.type, header.request_id, message)
         except KVStoreError as error:
             # The frame was whole, so the connection is sound: only this request fails.
+            self._hooks.refused(header.type, error)
             self.refuse_request(header.request_id, error)
 
     def _hello(self, hello: Hello) -> None:
@@ -293,6 +350,7 @@ class ServerProtocol(FrameProtocol):
             )
         welcome = self._hooks.hello(hello, version)
         self.peer = hello
+        self.reader.metadata_bytes_max = METADATA_BYTES_MAX
         self._send(FrameType.WELCOME, 0, welcome)
 
     def _data(self, header: Header) -> None:
@@ -304,24 +362,77 @@ class ServerProtocol(FrameProtocol):
         for index in put.completed(header):
             if put.stream.target(index) is not None:
                 put.stream.received(index)
-        self._pump_put(header.request_id)
+        self._put_moved(header.request_id)
 
-    def _pump_put(self, request_id: int) -> None:
-        """Ask for more blocks of a put, or end it."""
+    # --- puts share the room ---------------------------------------------------------------
+
+    def _put_moved(self, request_id: int) -> None:
+        """A put is new, has got a block, or has new outcomes: end it or let it go on."""
         put = self._puts.get(request_id)
         if put is None:
             return
-        if not put.stream.finished:
-            reserved = sum(other.stream.reserved_bytes for other in self._puts.values())
-            room = self._in_flight_bytes_max - reserved
-            # In halves, so that WANT frames name many blocks.
-            if room >= self._in_flight_bytes_max // 2 or put.stream.reserved_bytes == 0:
-                indices = put.stream.reserve(max(0, room))
-                if indices:
-                    self._send(FrameType.WANT, request_id, Want(indices=tuple(indices)))
+        self._count_reserved(put)
         if put.stream.finished:
-            del self._puts[request_id]
-            self._ended_puts[request_id] = None
-            if len(self._ended_puts) > ENDED_PUTS_MAX:
-                self._ended_puts.popitem(last=False)
-            self._send(FrameType.PUT_DONE, request_id, self._hooks.put_done(request_id, put.stream))
+            self._end_put(request_id, put)
+        else:
+            self._wanting_puts.setdefault(request_id)
+        self._pump_puts()
+
+    def _pump_puts(self) -> None:
+        """Ask for more blocks, first of the put that has waited longest, while there is room."""
+        wanting, budget = self._wanting_puts, self._in_flight_bytes_max
+        self._room_left = False
+        for _ in range(PUTS_PER_TURN_MAX):
+            if not wanting:
+                return
+            request_id = next(iter(wanting))
+            put = self._puts[request_id]
+            room = budget - self._reserved_bytes
+            if not self._reserved_bytes:
+                room = max(room, put.block_bytes)
+            elif room < max(budget // 2, put.block_bytes):
+                return  # room is given in halves, so that WANT frames name many blocks
+            del wanting[request_id]
+            indices = put.stream.reserve(room)
+            self._count_reserved(put)
+            if indices:
+                wanting[request_id] = None  # it may want more; others come first
+                self._send(FrameType.WANT, request_id, Want(indices=tuple(indices)))
+            elif put.stream.finished:
+                self._end_put(request_id, put)
+        self._room_left = bool(wanting)
+        self.on_output()
+
+    def _end_put(self, request_id: int, put: _PutReceiver) -> None:
+        del self._puts[request_id]
+        self._wanting_puts.pop(request_id, None)
+        self._let_go(request_id)
+        self._ended_puts[request_id] = None
+        if len(self._ended_puts) > ENDED_PUTS_MAX:
+            self._ended_puts.popitem(last=False)
+        self._send(FrameType.PUT_DONE, request_id, self._hooks.put_done(request_id, put.stream))
+
+    def _count_reserved(self, put: _PutReceiver) -> None:
+        reserved_bytes = put.stream.reserved_bytes
+        self._reserved_bytes += reserved_bytes - put.reserved_bytes
+        put.reserved_bytes = reserved_bytes
+
+    # --- metadata that stays ---------------------------------------------------------------
+
+    def _check_held(self, type: FrameType) -> None:
+        wanted = self._held_bytes + self._request_bytes
+        if wanted > HELD_METADATA_BYTES_MAX:
+            raise LimitExceeded(
+                f"{type.name}: metadata of requests under way on this connection would be"
+                f" {wanted} bytes, the limit is {HELD_METADATA_BYTES_MAX}"
+            )
+
+    def _hold(self, request_id: int) -> None:
+        self._held[request_id] = self._request_bytes
+        self._held_bytes += self._request_bytes
+
+    def _let_go(self, request_id: int) -> None:
+        self._held_bytes -= self._held.pop(request_id)
+
+
+_HELD_TYPES = frozenset({FrameType.FETCH, FrameType.PUT})

@@ -56,6 +56,10 @@ class Stream(abc.ABC):
         """
 
     @abc.abstractmethod
+    def end_sending(self) -> None:
+        """Tell the peer that nothing follows; receiving goes on. Never raises."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Release the descriptor at once. Closing twice is harmless."""
 

@@ -67,6 +67,10 @@ class SocketStream(Stream):
         except OSError as error:
             raise TransportError(f"send to {self.peer}: {error}") from error
 
+    def end_sending(self) -> None:
+        with contextlib.suppress(OSError):  # the peer may be gone
+            self._sock.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         self._sock.close()
 

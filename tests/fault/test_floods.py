@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 
+from kvstore import serving
+from kvstore.allowance import Allowance
 from kvstore.checksum import short_checksum
-from kvstore.errors import LimitExceeded
+from kvstore.endpoint import parse_endpoint
+from kvstore.errors import LimitExceeded, TransportError
 from kvstore.messages import (
     AckLevel,
     Channel,
@@ -28,11 +33,13 @@ from kvstore.messages import (
     decode,
     encode,
 )
+from kvstore.serving import Server, ServerOptions
 from kvstore.wire import HEADER_BYTES, FrameType, Header, decode_header
 from kvstore_client.link import FETCHES_MAX
 from tests.support.cluster import (
     BLOCK_BYTES,
     MIB,
+    GatedSource,
     Node,
     chain,
     connected,
@@ -139,7 +146,7 @@ async def test_a_broken_frame_ends_its_connection_with_a_reason(name: str) -> No
             assert error.code is ErrorCode.PROTOCOL
             assert error.message
             assert await peer.ended() == b""
-        assert nodes[0].counter("connections_broken") == 1
+        await until(lambda: nodes[0].counter("connections_broken") == 1)
         assert (await fetch_blocks(client, namespace, chain(2))).ok
 
 
@@ -265,7 +272,32 @@ async def test_more_requests_than_a_connection_may_have_are_refused() -> None:
 
 
 @pytest.mark.asyncio
-async def test_requests_that_cannot_be_are_refused_and_the_connection_stays() -> None:
+async def test_a_flood_of_refusals_does_not_fill_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "LOG_LINES_BURST", 5)
+    monkeypatch.setattr(serving, "LOG_LINES_PER_S", 0)
+    async with serve(1) as nodes, raw(nodes[0]) as peer:
+        caplog.set_level(logging.INFO, "kvstore.serving")
+        for number in range(1, 301):
+            peer.writer.write(frame(FrameType.SCRUB, number))
+            assert (await peer.error()).code is ErrorCode.UNSUPPORTED
+        assert nodes[0].counter("requests_refused_unsupported") == 300
+        assert len(caplog.records) == 5
+        caplog.clear()
+        (lines,) = nodes[0].server._lines.values()
+        lines.allowance = Allowance(0, 1)  # as if time had passed
+        peer.writer.write(frame(FrameType.SCRUB, 301))
+        await peer.error()
+        left_out, line = (record.getMessage() for record in caplog.records)
+        assert left_out == "295 lines like the next one were left out"
+        assert line.startswith("SCRUB from raw")
+
+
+@pytest.mark.asyncio
+async def test_requests_that_cannot_be_are_refused_and_the_connection_stays(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with serve(1) as nodes, connected(nodes) as client, raw(nodes[0]) as peer:
         namespace = await open_pool(client)
         good = {"namespace": namespace.id, "keys": chain(1), "deadline_ms": 1000}
@@ -287,12 +319,21 @@ async def test_requests_that_cannot_be_are_refused_and_the_connection_stays() ->
             (FrameType.SCRUB, b"", ErrorCode.UNSUPPORTED),
             (FrameType.WANT, b"", ErrorCode.UNSUPPORTED),
         ]  # fmt: skip
+        caplog.set_level(logging.INFO, "kvstore.serving")
         for number, (type, metadata, code) in enumerate(bad, 1):
             peer.writer.write(frame(type, number, metadata))
             header, answer = await peer.read()
             assert (header.type, header.request_id) == (FrameType.ERROR, number)
             error = decode(answer, Error)
             assert error.code is code, (number, error)
+            # Each has a line in the log that says who and why, and a counter.
+            line = caplog.records[-1].getMessage()
+            assert line.startswith(f"{type.name} from raw (127.0.0.1:"), line
+            assert line.endswith(f"refused: {error.message}")
+        assert len(caplog.records) == len(bad)
+        assert nodes[0].counter("requests_refused") == len(bad)
+        for code, count in Counter(code for _, _, code in bad).items():
+            assert nodes[0].counter(f"requests_refused_{code}") == count
         peer.writer.write(PING)
         assert (await peer.read())[0].type is FrameType.PING
 
@@ -352,6 +393,65 @@ async def test_those_who_say_nothing_and_those_who_stall_are_closed() -> None:
         assert nodes[0].counter("connections_stalled") == 2
         assert not any(nodes[0].store.index.pins[1:])
         assert (await fetch_blocks(client, namespace, chain(8))).ok
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+async def test_who_reads_nothing_is_closed_however_much_it_says() -> None:
+    async with (
+        serve(1, stall_timeout_s=0.2, arena_bytes=16 * MIB) as nodes,
+        connected(nodes) as client,
+        raw(nodes[0]) as deaf,
+    ):
+        namespace = await open_pool(client, MIB)
+        await store_blocks(client, namespace, chain(8))
+        ask = Fetch(namespace=namespace.id, keys=chain(8), layer_first=0, layer_last=1,
+                    deadline_ms=600_000)  # fmt: skip
+        deaf.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        for number in range(1, 5):
+            deaf.writer.write(frame(FrameType.FETCH, number, ask))
+
+        def still_there() -> bool:
+            deaf.writer.write(PING)
+            return len(nodes[0].server.connections) > 3
+
+        await until(lambda: not still_there())
+        assert nodes[0].counter("connections_stalled") == 1
+        assert not any(nodes[0].store.index.pins[1:])
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_says_much_before_hello_gets_no_memory() -> None:
+    async with serve(1) as nodes, raw(nodes[0], None) as peer:
+        peer.writer.write(frame(FrameType.HELLO, 0, bytes(MIB))[:HEADER_BYTES])
+        error = await peer.error()
+        assert error.code is ErrorCode.PROTOCOL
+        assert "metadata of 1048576 bytes" in error.message
+        assert await peer.ended() == b""
+
+
+@pytest.mark.asyncio
+async def test_the_reason_of_a_close_is_read_although_more_was_said() -> None:
+    """A close with input unread resets the connection, and the reset overtakes the reason."""
+    async with serve(1) as nodes, raw(nodes[0]) as peer:
+        peer.writer.write(b"x" * HEADER_BYTES + bytes(32 * MIB))
+        await peer.writer.drain()
+        assert (await peer.error()).code is ErrorCode.PROTOCOL
+        assert await peer.ended() == b""
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_cannot_start_leaves_nothing_behind() -> None:
+    async with serve(1) as nodes:
+        source = GatedSource(memoryview(bytearray(MIB)))
+        taken = parse_endpoint(nodes[0].uri)
+        free = parse_endpoint("tcp://127.0.0.1:0")
+        server = Server(source, [free, taken], ServerOptions(node_id="late"))
+        with pytest.raises(TransportError, match="listen on"):
+            await server.start()
+        timer = server.reporter._timer
+        assert timer is None or timer.cancelled()
+        await server.stop(0)
 
 
 @pytest.mark.asyncio

@@ -68,7 +68,7 @@ class Engine:
         )
         stream = self.source.put(namespace, list(map(key, numbers)), announced, AckLevel.MEMORY)
         while not stream.finished:
-            for index in stream.reserve(CHUNK_BYTES):
+            for index in stream.reserve(max(size, CHUNK_BYTES)):
                 target = stream.target(index)
                 assert target is not None
                 target[:] = blocks[index]

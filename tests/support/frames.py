@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from kvstore.blocksource import Chunk, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
-from kvstore.errors import LimitExceeded
+from kvstore.errors import KVStoreError, LimitExceeded
 from kvstore.framing import FrameWriter
 from kvstore.layout import Geometry, PieceMap
 from kvstore.messages import (
@@ -227,11 +227,11 @@ class StorePut(PutStream):
         store, wanted = self._store, []
         size = store.geometry.block_bytes
         while self._next < len(self._keys):
-            if self._reserved and (len(wanted) + 1) * size > bytes_max:
-                break
             index = self._next
-            self._next += 1
             key = self._keys[index]
+            if key not in store.blocks and store.room and (len(wanted) + 1) * size > bytes_max:
+                break
+            self._next += 1
             if key in store.blocks:
                 same = store.checksums(key, store.blocks[key]) == self._announced[index]
                 self._outcomes[index] = PutOutcome.EXISTS if same else PutOutcome.CONFLICT
@@ -272,6 +272,7 @@ class Hooks(ServerHooks):
     Attributes:
         requests: Type, id and message of every request.
         ended: Ids of the fetches and puts that have ended.
+        refusals: Type and reason of every request that was refused.
         answers: What to reply to other requests, by type; default is `Empty`.
     """
 
@@ -280,6 +281,7 @@ class Hooks(ServerHooks):
         self.hellos: list[Hello] = []
         self.requests: list[tuple[FrameType, int, Message]] = []
         self.ended: list[int] = []
+        self.refusals: list[tuple[FrameType, KVStoreError]] = []
         self.answers: dict[FrameType, Reply] = {}
         self.limits = Limits()
         self.protocol: ServerProtocol
@@ -323,6 +325,9 @@ class Hooks(ServerHooks):
             if isinstance(answer, Exception):
                 raise answer
             protocol.reply(type, request_id, answer)
+
+    def refused(self, type: FrameType, error: KVStoreError) -> None:
+        self.refusals.append((type, error))
 
     def fetch_begins(self, request_id: int) -> None:
         """Nobody asks for times here."""

@@ -29,7 +29,7 @@ class ScriptedStream(Stream):
             the end of the stream; or an exception. Nothing has arrived beyond that.
         room: What the next sends take: so many bytes, or an exception. All of it after that.
         sent: All that was taken.
-        receives, sends: Calls.
+        receives, sends, ends: Calls.
         closes: Calls of `close` that found it open.
     """
 
@@ -42,6 +42,7 @@ class ScriptedStream(Stream):
         self.sent = bytearray()
         self.receives = 0
         self.sends = 0
+        self.ends = 0
         self.closes = 0
 
     def fileno(self) -> int:
@@ -73,6 +74,10 @@ class ScriptedStream(Stream):
         taken = b"".join(buffers)[:step]
         self.sent += taken
         return len(taken)
+
+    def end_sending(self) -> None:
+        assert not self.closes, "used after close"
+        self.ends += 1
 
     def close(self) -> None:
         self.closes += 1

@@ -20,6 +20,7 @@ ALLOWED = {
 
 # Modules that take bytes, values, `now` and draws, and return values: what decides.
 PURE = {
+    "kvstore.allowance",
     "kvstore.blocksource",
     "kvstore.checksum",
     "kvstore.endpoint",
@@ -39,9 +40,19 @@ PURE = {
     "kvstore.wire",
     "kvstore_client.breaker",
     "kvstore_client.placement",
+    "kvstore_client.scheduler",
+    "kvstore_client.selector",
+    "kvstore_client.selector.choice",
+    "kvstore_client.selector.estimates",
+    "kvstore_client.selector.gain",
+    "kvstore_client.selector.inflight",
+    "kvstore_client.selector.plans",
+    "kvstore_client.selector.policies",
+    "kvstore_client.selector.waterfill",
 }
 
 IMPURE = {
+    "kvstore.allowance",
     "asyncio",
     "concurrent",
     "multiprocessing",

@@ -141,6 +141,28 @@ def test_peer_with_no_end_lets_others_have_their_turn(rig: Rig) -> None:
     assert [found.header.request_id for found in rig.talk.frames] == list(range(1, 50))
 
 
+def test_protocol_that_has_more_to_fill_lets_others_have_their_turn(rig: Rig) -> None:
+    left = [b"a", b"", b"b", b""]
+
+    def fill() -> None:
+        data = left.pop(0) if left else b""
+        rig.talk.unfilled = bool(left)
+        if data:
+            rig.talk.ready.append((data, lambda: None))
+
+    rig.talk.at_fill = fill
+    rig.talk.fills = 0
+    rig.talk.on_output()
+    rig.loop.run_soon()
+    assert (rig.talk.fills, rig.waits_for) == (1, (READER, WRITER))
+    for fills in (2, 3):
+        rig.writable()
+        assert (rig.talk.fills, rig.waits_for) == (fills, (READER, WRITER))
+    rig.writable()
+    assert rig.stream.sent == b"ab"
+    assert (rig.talk.fills, rig.waits_for) == (4, (READER, not WRITER))
+
+
 def test_short_receive_ends_the_turn(rig: Rig) -> None:
     rig.arrive(ping(1)[:10])
     rig.arrive(ping(1)[10:20])
@@ -151,19 +173,33 @@ def test_short_receive_ends_the_turn(rig: Rig) -> None:
 
 
 def test_false_alarms_are_harmless_and_are_no_sign_of_life(rig: Rig) -> None:
+    begun = rig.loop.time()
     rig.loop.advance(10.0)
-    before = rig.connection.active_at
     for _ in range(50):
         rig.arrive()
-    rig.stream.room.append(FULL)
-    rig.talk.say(b"x")
-    rig.loop.run_soon()
-    assert (rig.connection.closed, rig.connection.active_at) == (False, before)
-    rig.writable()
-    assert rig.connection.active_at == before + 10.0
-    rig.loop.advance(5.0)
+    assert (rig.connection.received_at, rig.connection.sent_at) == (begun, begun)
     rig.arrive(ping(1)[:1])
-    assert rig.connection.active_at == before + 15.0
+    assert (rig.connection.received_at, rig.connection.sent_at) == (begun + 10.0, begun)
+
+
+def test_peer_that_takes_nothing_is_measured_from_when_there_was_something(rig: Rig) -> None:
+    begun = rig.loop.time()
+    rig.loop.advance(10.0)
+    rig.stream.room.extend([FULL, FULL, 2, FULL])
+    rig.talk.say(b"abc")
+    rig.loop.run_soon()
+    assert rig.connection.sent_at == begun + 10.0
+    rig.loop.advance(5.0)
+    rig.writable()
+    rig.arrive(ping(1))
+    assert rig.connection.sent_at == begun + 10.0, "what comes does not count"
+    rig.writable()
+    assert rig.connection.sent_at == begun + 15.0
+    rig.loop.advance(5.0)
+    rig.writable()
+    assert rig.connection.sent_at == begun + 15.0
+    rig.writable()
+    assert (rig.stream.sent, rig.connection.sent_at) == (b"abc", begun + 20.0)
 
 
 # --- how it ends ---------------------------------------------------------------------------
@@ -251,9 +287,49 @@ def test_peer_that_breaks_the_protocol_is_told_and_left() -> None:
     rig = Rig(pair.server)
     rig.arrive(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n" + bytes(200))
     assert sent_types(bytes(rig.stream.sent)) == [FrameType.ERROR]
+    assert (rig.stream.ends, rig.closed) == (1, [])
+    rig.arrive(bytes(5000), encode_frame(FrameType.HELLO, 0, hello()))
+    rig.arrive(b"")
     (reason,) = rig.closed
     assert isinstance(reason, RemoteProtocolError)
-    assert rig.stream.arriving, "what a broken stream brings is not read"
+    assert pair.hooks.hellos == [], "what a broken stream brings is not looked at"
+    assert sent_types(bytes(rig.stream.sent)) == [FrameType.ERROR]
+
+
+def test_peer_that_never_closes_is_not_waited_for_long(rig: Rig) -> None:
+    rig.arrive(bytes(HEADER_BYTES))
+    assert (bytes(rig.stream.sent), rig.stream.ends) == (b"refused", 1)
+    for _ in range(9):
+        rig.loop.advance(0.1 * LAST_WORDS_S)
+        rig.arrive(bytes(100))
+        rig.talk.say(b"a report that is too late")
+    assert not rig.closed
+    rig.loop.advance(0.2 * LAST_WORDS_S)
+    assert isinstance(rig.closed[0], RemoteProtocolError)
+    assert rig.stream.sent == b"refused"
+    assert rig.waits_for == (not READER, not WRITER)
+
+
+def test_peer_with_no_end_of_input_does_not_hold_up_others_at_the_end(rig: Rig) -> None:
+    rig.arrive(bytes(HEADER_BYTES))
+    rig.stream.receives = 0
+    rig.arrive(*[b"x"] * 50)
+    assert rig.stream.receives == CALLS_PER_TURN_MAX
+
+
+def test_stream_that_breaks_after_the_last_words_ends_them(rig: Rig) -> None:
+    rig.arrive(bytes(HEADER_BYTES))
+    rig.arrive(BROKEN)
+    assert isinstance(rig.closed[0], RemoteProtocolError), "the first reason counts"
+
+
+def test_who_does_not_explain_itself_does_not_wait(rig: Rig) -> None:
+    rig.talk.refuse = lambda error: None  # type: ignore[method-assign]
+    rig.stream.room.append(FULL)
+    rig.talk.say(b"a request of ours")
+    rig.loop.run_soon()
+    rig.arrive(bytes(HEADER_BYTES))
+    assert isinstance(rig.closed[0], RemoteProtocolError)
 
 
 def test_last_words_come_after_what_was_queued_before_and_nothing_after_them(rig: Rig) -> None:
@@ -262,11 +338,14 @@ def test_last_words_come_after_what_was_queued_before_and_nothing_after_them(rig
     rig.loop.run_soon()
     rig.talk.ready.append((b"payload", lambda: None))
     rig.arrive(bytes(HEADER_BYTES))
-    # Nothing else is read, and the one writer goes on.
+    # Nothing else is handled, and the one writer goes on.
+    rig.arrive(ping(1))
+    rig.arrive(b"")
     assert rig.waits_for == (not READER, WRITER)
     while not rig.closed:
         rig.writable()
     assert rig.stream.sent == b"queued refused"
+    assert rig.talk.frames == []
     assert isinstance(rig.closed[0], RemoteProtocolError)
     assert rig.loop.changes.count(("+writer", DESCRIPTOR)) == 1
     assert rig.loop.changes.count(("-writer", DESCRIPTOR)) == 1
@@ -293,9 +372,12 @@ def test_last_words_that_trickle_out_in_time_close_at_their_end(rig: Rig) -> Non
     reason = RefusedError("no")
     rig.connection.close_when_sent(reason)
     for _ in range(5):
-        assert not rig.closed
+        assert rig.stream.ends == 0
         rig.writable()
-    assert (rig.closed, bytes(rig.stream.sent)) == ([reason], b"abcdef")
+    assert (rig.stream.ends, bytes(rig.stream.sent)) == (1, b"abcdef")
+    assert not rig.closed
+    rig.arrive(b"")
+    assert rig.closed == [reason]
     rig.loop.advance(2 * LAST_WORDS_S)
     assert (rig.closed, rig.stream.closes) == ([reason], 1)
 
@@ -322,11 +404,13 @@ def test_client_that_is_turned_away_closes_with_the_reason() -> None:
     asking = Rig(pair.client)
     asking.loop.run_soon()
     answering.arrive(encode_frame(FrameType.HELLO, 0, hello(version_min=99, version_max=99)))
-    assert isinstance(answering.closed[0], VersionMismatch)
+    assert answering.stream.ends == 1
     asking.arrive(bytes(answering.stream.sent))
     while not asking.closed:
         asking.arrive()
     assert isinstance(asking.closed[0], VersionMismatch)
+    answering.arrive(b"")
+    assert isinstance(answering.closed[0], VersionMismatch)
 
 
 # --- closed from inside --------------------------------------------------------------------
@@ -353,9 +437,12 @@ def test_protocol_may_end_the_connection_with_last_words_while_it_handles_a_fram
     rig.talk.at_frame = leave
     rig.arrive(b"".join(map(ping, range(1, 9))))
     assert len(rig.talk.frames) == 1
-    assert rig.stream.receives == 2, "it goes on reading although it is leaving"
+    assert rig.stream.receives == 2, "it goes on handling although it is leaving"
     rig.writable()
-    assert (rig.closed, bytes(rig.stream.sent)) == ([BROKEN], b"bye")
+    rig.arrive()
+    assert (rig.stream.ends, bytes(rig.stream.sent)) == (1, b"bye")
+    rig.arrive(b"")
+    assert (rig.closed, len(rig.talk.frames)) == ([BROKEN], 1)
 
 
 def test_protocol_may_close_the_connection_while_it_is_asked_for_payload(

@@ -13,7 +13,7 @@ from kvstore_bench.engine_bed import KEY_BYTES, LAYERS, PREFIX_KEYS, Bed
 from kvstore_bench.engine_cost import EXIT_FAILED, EXIT_USAGE, Cost, Figure, main, measure, table
 from kvstore_daemon.engine.recount import check_invariants
 
-BLOCKS = 2000
+BLOCKS = 4000
 LOOKUPS = [
     "lookup, frame to reply",
     "lookup with a lease, frame to reply",
@@ -133,7 +133,7 @@ def test_the_table_names_targets_and_what_misses_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--blocks", "1999"], ["--blocks", "99000000"], ["--repetitions", "0"]]
+    "words", [["--blocks", "3999"], ["--blocks", "99000000"], ["--repetitions", "0"]]
 )
 def test_numbers_out_of_range_are_refused(
     capsys: pytest.CaptureFixture[str], words: list[str]

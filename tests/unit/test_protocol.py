@@ -23,7 +23,11 @@ from kvstore.messages import (
     REQUESTS,
     Cancel,
     CancelReply,
+    CorruptReply,
+    CorruptReport,
     Data,
+    Delete,
+    DeleteReply,
     Empty,
     Error,
     ErrorCode,
@@ -32,12 +36,18 @@ from kvstore.messages import (
     Limits,
     Lookup,
     LookupReply,
+    Message,
     PutOutcome,
+    Release,
+    ReleaseReply,
     Subscribe,
+    encode,
 )
 from kvstore.protocol import OUTPUT_BYTES_MAX, ClientProtocol, ServerProtocol
 from kvstore.protocol import client as module
-from kvstore.wire import FrameType
+from kvstore.protocol import server as server_module
+from kvstore.protocol.server import HELLO_BYTES_MAX
+from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
 from tests.support.frames import (
     MIB,
@@ -371,6 +381,51 @@ def test_an_answer_must_be_one_to_the_question() -> None:
     assert bad == []
 
 
+PER_ITEM: list[tuple[FrameType, Message, Message, Message]] = [
+    (
+        FrameType.LOOKUP,
+        Lookup(namespaces=(NAMESPACE,), keys=KEYS * 3),
+        LookupReply(bitmap=bytes(count)),
+        LookupReply(bitmap=bytes(3)),
+    )
+    for count in (0, 2, 4, 1_000_000)
+] + [
+    (type, request, wrong, right)
+    for type, request, reply in (
+        (
+            FrameType.DELETE,
+            Delete(namespace=NAMESPACE, keys=KEYS),
+            lambda count: DeleteReply(deleted=bytes(count)),
+        ),
+        (
+            FrameType.CORRUPT_REPORT,
+            CorruptReport(namespace=NAMESPACE, keys=KEYS),
+            lambda count: CorruptReply(dropped=bytes(count)),
+        ),
+        (
+            FrameType.RELEASE,
+            Release(leases=tuple(range(1, 7))),
+            lambda count: ReleaseReply(held=(True,) * count),
+        ),
+    )
+    for wrong, right in ((reply(0), reply(6)), (reply(5), reply(6)), (reply(7), reply(6)))
+]
+
+
+@pytest.mark.parametrize(("type", "request_", "wrong", "right"), PER_ITEM)
+def test_a_reply_speaks_of_as_many_items_as_were_asked_for(
+    type: FrameType, request_: Message, wrong: Message, right: Message
+) -> None:
+    client, replies = welcomed_client(), []
+    client.call(5, type, request_, replies.append)
+    with pytest.raises(RemoteProtocolError, match="expected"):
+        deliver(client, frame(type, 5, wrong, flags=1))
+    assert replies == []
+    client.call(6, type, request_, replies.append)
+    deliver(client, frame(type, 6, right, flags=1))
+    assert replies == [right]
+
+
 def test_a_peer_that_answers_nothing_is_not_asked_for_ever(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +446,7 @@ def test_reports_follow_a_subscription_and_nothing_else(pair: Pair) -> None:
     pair.pump()
     assert replies == [Empty()]
     for _ in range(3):
-        pair.server.report(77, REPORT)
+        pair.server.report(77, encode(REPORT))
     pair.pump()
     assert reports == [REPORT] * 3
     assert pair.client.call_count == 1
@@ -440,6 +495,77 @@ def test_a_peer_that_asks_and_does_not_read_is_dropped(store: Store) -> None:
     for _ in range(1000):
         deliver(server, frame(FrameType.PING, 5))
         take(server.writer, MIB)
+
+
+def test_a_request_that_is_refused_is_told_of_wherever_it_was_refused(store: Store) -> None:
+    server, hooks = connected_server(store)
+    hooks.answers[FrameType.DELETE] = LimitExceeded("too many")
+    ask = {"namespaces": [NAMESPACE], "keys": [b"short"]}
+    deliver(server, frame(FrameType.LOOKUP, 1, msgspec.msgpack.encode(ask)))
+    deliver(server, frame(FrameType.SCRUB, 2))
+    deliver(server, frame(FrameType.DELETE, 3, FROM_CLIENT[FrameType.DELETE]))
+    deliver(server, frame(FrameType.PING, 4, Empty()))
+    assert said(server) == [FrameType.ERROR] * 3 + [FrameType.PING]
+    assert [(type, error.__class__) for type, error in hooks.refusals] == [
+        (FrameType.LOOKUP, RemoteProtocolError),
+        (FrameType.SCRUB, Unsupported),
+        (FrameType.DELETE, LimitExceeded),
+    ]
+
+
+# --- memory for what a peer says -------------------------------------------------------------
+
+
+def test_who_has_not_said_hello_gets_little_memory(store: Store) -> None:
+    hooks = Hooks(store)
+    hooks.protocol = server = ServerProtocol(hooks, MIB)
+    assert HELLO_BYTES_MAX < 64 * 1024
+    long = hello(node_id="n" * 256, token="t" * 4096, capabilities=("c" * 64,) * 64)
+    deliver(server, frame(FrameType.HELLO, 0, long))
+    assert hooks.hellos == [long]
+    # Whoever is known may say more.
+    deliver(server, frame(FrameType.LOOKUP, 1, bytes(HELLO_BYTES_MAX + 1)))
+    assert said(server) == [FrameType.WELCOME, FrameType.ERROR]
+    server = ServerProtocol(hooks, MIB)
+    head = frame(FrameType.HELLO, 0, bytes(HELLO_BYTES_MAX + 1))[:HEADER_BYTES]
+    with pytest.raises(RemoteProtocolError, match=f"limit is {HELLO_BYTES_MAX}"):
+        deliver(server, head)
+
+
+@pytest.mark.parametrize("type", [FrameType.FETCH, FrameType.PUT])
+def test_requests_under_way_hold_so_much_metadata_and_no_more(
+    store: Store, type: FrameType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, hooks = connected_server(store)
+    store.late.update(KEYS)
+    if type is FrameType.FETCH:
+        ask = frame(type, 1, FetchCall(store.geometry, KEYS[:1]).message())
+    else:
+        ask = frame(type, 1, PutCall(store, KEYS[:1]).message())
+    size = len(ask) - HEADER_BYTES
+    monkeypatch.setattr(server_module, "HELD_METADATA_BYTES_MAX", 3 * size)
+
+    def send(number: int) -> None:
+        deliver(server, frame(type, number, ask[HEADER_BYTES:]))
+
+    for number in range(1, 6):
+        send(number)
+    assert server.request_count == 3
+    assert [(kind, error.__class__) for kind, error in hooks.refusals] == [
+        (type, LimitExceeded)
+    ] * 2
+    assert f"would be {4 * size} bytes, the limit is {3 * size}" in str(hooks.refusals[0][1])
+    said(server)
+    # What needs none always passes; and where one ends there is room for another.
+    deliver(server, frame(FrameType.PING, 10, Empty()))
+    deliver(server, frame(FrameType.RELEASE, 11, FROM_CLIENT[FrameType.RELEASE]))
+    deliver(server, frame(FrameType.CANCEL, 12, Cancel(request_id=2)))
+    assert {FrameType.PING, FrameType.RELEASE, FrameType.CANCEL} <= set(said(server))
+    send(20)
+    send(21)
+    assert server.request_count == 3
+    assert len(hooks.refusals) == 3
+    server.lost(LOST)
 
 
 def test_cancel_of_what_is_unknown(pair: Pair) -> None:

@@ -286,6 +286,39 @@ def test_a_slow_reader_holds_a_window_and_no_more() -> None:
     assert store.lent == 2
 
 
+def test_fetches_without_payload_are_answered_a_few_at_a_time(
+    store: Store, pair: Pair, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "STEPS_PER_FILL_MAX", 10)
+    calls = [FetchCall(store.geometry, KEYS[:2]) for _ in range(25)]
+    for call in calls:
+        pair.begin_fetch(call)
+    pair.up(MIB)
+    ended = []
+    for _ in range(5):
+        pair.server.fill()
+        ended.append((len(pair.hooks.ended), pair.server.unfilled))
+    # Each takes two steps: news of its misses, and its end.
+    assert ended == [(5, True), (10, True), (15, True), (20, True), (25, False)]
+    pair.pump()
+    assert all(call.check() == [FetchOutcome.MISS] * 2 for call in calls)
+
+
+def test_fetches_that_wait_for_their_source_do_not_hide_those_behind_them(
+    store: Store, pair: Pair, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(module, "STEPS_PER_FILL_MAX", 3)
+    store.fill(*KEYS[:2])
+    store.late.add(KEYS[0])
+    for _ in range(10):
+        pair.begin_fetch(FetchCall(store.geometry, KEYS[:1]))
+    last = FetchCall(store.geometry, KEYS[1:2])
+    pair.begin_fetch(last)
+    pair.pump()
+    assert last.check() == [FetchOutcome.HIT]
+    assert not pair.server.unfilled
+
+
 def test_a_chunk_that_fits_no_frame_is_given_back(store: Store, pair: Pair) -> None:
     store.fill(*KEYS)
     pair.begin_fetch(FetchCall(store.geometry, KEYS))

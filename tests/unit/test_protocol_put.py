@@ -18,6 +18,7 @@ from kvstore.messages import (
     PutOutcome,
     Want,
 )
+from kvstore.protocol import ServerProtocol
 from kvstore.protocol import server as module
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
@@ -104,8 +105,79 @@ def test_puts_share_the_budget_and_each_goes_on(store: Store) -> None:
     while pair.up(61) + pair.down(61):
         most = max(most, store.held)
     assert [call.outcomes() for call in calls] == [[STORED] * 10] * 5
-    # At least one block of each put may always come.
-    assert most <= 2 + 5
+    assert most == 2
+
+
+def test_puts_whose_client_sends_nothing_reserve_no_more_than_the_budget(store: Store) -> None:
+    server, hooks = connected_server(store, 4 * BLOCK)
+    calls = {n: PutCall(store, [key(10 * n + m) for m in range(2)]) for n in range(1, 9)}
+    for number, call in calls.items():
+        deliver(server, frame(FrameType.PUT, number, call.message()))
+    assert store.held == 4
+    # What has to be sent for none of its blocks does not wait.
+    store.fill(*KEYS[:2])
+    deliver(server, frame(FrameType.PUT, 20, PutCall(store, KEYS[:2]).message()))
+    assert hooks.ended == [20]
+    # The first of them ends at its deadline: those that came next get its room, in order.
+    assert server.stop_request(1)
+    assert server.stop_request(2)
+    said(server)
+    assert (store.held, [n for n in calls if reserved(server, n)]) == (4, [3, 4])
+    for number in range(3, 9):
+        assert server.stop_request(number)
+    assert (store.held, server.request_count, len(hooks.ended)) == (0, 0, 9)
+
+
+def reserved(server: ServerProtocol, request_id: int) -> int:
+    """What a put has reserved."""
+    put = server._puts.get(request_id)
+    return put.stream.reserved_bytes if put else 0
+
+
+def test_puts_take_turns_when_room_comes(store: Store) -> None:
+    server, _ = connected_server(store, BLOCK)
+    calls = [PutCall(store, [key(10 * n + m) for m in range(4)]) for n in range(3)]
+    for number, call in enumerate(calls, 1):
+        deliver(server, frame(FrameType.PUT, number, call.message()))
+    turns = []
+    while server.request_count:
+        (number,) = (n for n in (1, 2, 3) if reserved(server, n))
+        turns.append(number)
+        index = turns.count(number) - 1
+        data = store.block(calls[number - 1].keys[index])
+        deliver(server, frame(FrameType.DATA, number, b"", data, piece=index))
+    # The first was alone, and wanted more before the others came.
+    assert turns == [1, *[1, 2, 3] * 3, 2, 3]
+    assert len(store.blocks) == 12
+
+
+def test_a_block_larger_than_the_budget_travels_alone(store: Store) -> None:
+    server, _ = connected_server(store, BLOCK // 2)
+    for number, name in enumerate(KEYS[:3], 1):
+        deliver(server, frame(FrameType.PUT, number, PutCall(store, [name]).message()))
+    for number, name in enumerate(KEYS[:3], 1):
+        assert store.held == 1
+        deliver(server, frame(FrameType.DATA, number, b"", store.block(name)))
+    assert store.blocks.keys() == set(KEYS[:3])
+
+
+def test_puts_get_room_a_few_at_a_time(store: Store, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "PUTS_PER_TURN_MAX", 2)
+    server, hooks = connected_server(store, BLOCK)
+    deliver(server, frame(FrameType.PUT, 1, PutCall(store, KEYS[:1]).message()))
+    for number in range(2, 12):
+        deliver(server, frame(FrameType.PUT, number, PutCall(store, KEYS[1:2]).message()))
+    # All of them wait for the same block, which is there by then.
+    store.fill(KEYS[1])
+    assert server.stop_request(1)
+    counts = [len(hooks.ended)]
+    while True:
+        server.fill()
+        counts.append(len(hooks.ended))
+        if not server.unfilled:
+            break
+    assert counts == [3, 5, 7, 9, 11]
+    assert server.request_count == 0
 
 
 def test_a_full_store_is_an_outcome(store: Store, pair: Pair) -> None:

@@ -23,6 +23,7 @@ from kvstore.loadreport import (
     ReportTable,
     RequesterLoad,
 )
+from kvstore.messages import decode
 from kvstore.reporter import LoadReporter
 from tests.support.loops import ManualLoop
 
@@ -93,8 +94,9 @@ class Server:
         """As of a block source."""
         return DiskLoad(queued_bytes=5)
 
-    def listen(self, report: LoadReport) -> None:
+    def listen(self, encoded: bytes) -> None:
         """A subscriber."""
+        report = decode(encoded, LoadReport)
         self.pushed.append((self.loop.time() - self.started_at, report))
 
     @property
@@ -269,7 +271,10 @@ def test_every_push_is_news_to_who_has_had_all_before(subscribed: Server) -> Non
     """A receiver drops a number it knows, and with it the sign of life."""
     table = ReportTable()
     subscribed.reporter.subscribe(
-        lambda report: taken.append(table.accept(subscribed.loop.time(), report)), 20
+        lambda encoded: taken.append(
+            table.accept(subscribed.loop.time(), decode(encoded, LoadReport))
+        ),
+        20,
     )
     taken: list[bool] = []
     connection = Connection(subscribed)
@@ -363,16 +368,17 @@ def test_intervals_are_few_whatever_is_asked_for(server: Server) -> None:
 
 
 def test_all_subscribers_of_an_interval_get_the_same_report(server: Server) -> None:
-    got: list[list[LoadReport]] = [[], [], []]
+    got: list[list[bytes]] = [[], [], []]
     for reports in got:
         server.reporter.subscribe(reports.append, 200)
     server.loop.advance(1.0)
+    assert len(got[0]) > 4
     assert got[0] == got[1] == got[2]
-    assert all(a is b for a, b in zip(got[0], got[1], strict=True))
+    assert all(a is b for a, b in zip(got[0], got[1], strict=True)), "encoded once for each"
 
 
 def test_who_has_unsubscribed_hears_nothing(subscribed: Server) -> None:
-    other: list[LoadReport] = []
+    other: list[bytes] = []
     subscribed.reporter.subscribe(other.append, 40)
     subscribed.loop.advance(0.1)
     subscribed.reporter.unsubscribe(subscribed.listen)
@@ -385,7 +391,7 @@ def test_who_has_unsubscribed_hears_nothing(subscribed: Server) -> None:
 
 
 def test_interval_that_nobody_wants_any_more_costs_nothing(server: Server) -> None:
-    def push(report: LoadReport) -> None:
+    def push(encoded: bytes) -> None:
         """A subscriber."""
 
     Connection(server)
@@ -409,7 +415,7 @@ def test_samples_go_on_without_subscribers(server: Server) -> None:
 
 
 def test_subscriber_with_a_mistake_does_not_end_the_reports(subscribed: Server) -> None:
-    def wrong(report: LoadReport) -> None:
+    def wrong(encoded: bytes) -> None:
         raise ValueError("a mistake")
 
     subscribed.reporter.subscribe(wrong, 40)

@@ -283,18 +283,31 @@ def test_what_is_there_already_is_not_asked_for(engine: Engine) -> None:
     assert engine.get(namespace, 1) == [content(key(1), PAGE)]
 
 
-def test_reservations_keep_to_the_room_but_one_is_always_there(engine: Engine) -> None:
+def test_reservations_keep_to_the_room(engine: Engine) -> None:
     namespace = engine.open(PAGE)
     stream = begin_put(engine, namespace, *range(5))
-    assert stream.reserve(0) == [0]
     assert stream.reserve(PAGE - 1) == []
-    assert stream.reserve(2 * PAGE) == [1, 2]
+    assert stream.reserve(PAGE) == [0]
+    assert stream.reserve(0) == []
+    assert stream.reserve(3 * PAGE - 1) == [1, 2]
     assert stream.reserved_bytes == 3 * PAGE
     send(stream, 1, 1)
     assert stream.reserved_bytes == 2 * PAGE
     assert stream.target(1) is None
     assert stream.target(4) is None
     assert not stream.finished
+
+
+def test_what_needs_no_room_is_decided_without_any(engine: Engine) -> None:
+    namespace = engine.open(PAGE)
+    engine.put(namespace, 1, 2)
+    stream = begin_put(engine, namespace, 1, 2, 3, 1)
+    assert stream.reserve(0) == []
+    assert not stream.finished
+    assert stream.outcomes()[:2] == bytes([PutOutcome.EXISTS] * 2)
+    stream = begin_put(engine, namespace, 2, 1)
+    assert stream.reserve(0) == []
+    assert stream.outcomes() == bytes([PutOutcome.EXISTS] * 2)
 
 
 def test_a_key_twice_in_one_put_is_stored_once(engine: Engine) -> None:
@@ -400,9 +413,9 @@ def test_the_tail_of_a_put_does_not_evict_its_head(engine: Engine) -> None:
     namespace = engine.open(PAGE)
     stream = begin_put(engine, namespace, *range(20))
     for number in range(16):
-        stream.reserve(0)
+        stream.reserve(PAGE)
         send(stream, number, number)
-    assert stream.reserve(0) == []
+    assert stream.reserve(PAGE) == []
     assert stream.outcomes() == bytes([STORED] * 16 + [PutOutcome.FULL] * 4)
     # Once it has ended, the next put takes from the tail.
     engine.put(namespace, 50, 51)
@@ -471,12 +484,27 @@ def test_nothing_found_is_nothing_leased(engine: Engine) -> None:
 def test_leased_blocks_stay_until_the_lease_ends_by_itself(engine: Engine) -> None:
     namespace = engine.open(PAGE)
     engine.put(namespace, *range(16))
-    _, lease = engine.source.lookup([namespace], list(map(key, range(16))), 1000, "me")
+    _, lease = engine.source.lookup([namespace], list(map(key, range(8))), 1000, "me")
+    assert engine.source.lookup([namespace], list(map(key, range(8, 16))), 1000, "you")[1]
     engine.now = 0.999
     assert engine.put(namespace, 20) == [PutOutcome.FULL]
     engine.now = 1.0
     assert engine.put(namespace, 20) == [STORED]
     assert engine.source.release([lease], "me") == [False]
+
+
+def test_a_session_leases_half_of_the_arena_and_no_more(engine: Engine) -> None:
+    namespace = engine.open(PAGE)
+    engine.put(namespace, *range(16))
+    keys = list(map(key, range(16)))
+    bitmap, lease = engine.source.lookup([namespace], keys[:9], 1000, "me")
+    assert (bitmap, lease) == (b"\xff\1", 0)
+    assert engine.source.counters()["leases_refused"] == 1
+    assert engine.source.lookup([namespace], keys[:5], 1000, "me")[1]
+    assert engine.source.lookup([namespace], keys[5:8], 1000, "me")[1]
+    assert engine.source.lookup([namespace], keys[8:9], 1000, "me")[1] == 0
+    assert engine.put(namespace, 20) == [STORED]
+    check_invariants(engine.store)
 
 
 def test_leases_end_with_their_session(engine: Engine) -> None:
@@ -522,17 +550,24 @@ def test_a_check_drops_what_went_bad_so_that_the_next_put_heals_it(engine: Engin
     assert engine.source.counters()["blocks_corrupt"] == 1
 
 
-def test_a_check_hashes_only_so_much(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "CHECK_BYTES_PER_CALL_MAX", PAGE + 1)
+def test_checks_hash_only_so_much_in_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "CHECK_BYTES_PER_S", 2 * PAGE + 1)
+    engine = Engine(16 * PAGE)
     namespace = engine.open(PAGE)
-    engine.put(namespace, 1, 2)
+    engine.put(namespace, 1, 2, 3)
     opened = engine.store.pools.namespace(namespace)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         engine.store.view(opened.slots[key(number)])[0] ^= 1
-    keys = [key(1), key(2)]
-    assert engine.source.check(namespace, keys) == b"\1\0"
+    # What is not there costs nothing.
+    keys = [key(8), key(1), key(2), key(3), key(9)]
+    assert engine.source.check(namespace, keys) == b"\0\1\1\0\0"
     assert engine.source.counters()["checks_skipped"] == 1
-    assert engine.source.check(namespace, keys[1:]) == b"\1"
+    assert engine.source.check(namespace, keys) == bytes(5)
+    engine.now = 0.4
+    assert engine.source.check(namespace, keys) == bytes(5)
+    engine.now = 0.5
+    assert engine.source.check(namespace, keys) == b"\0\0\0\1\0"
+    assert engine.source.counters()["checks_skipped"] == 3
 
 
 def test_pools_are_administered(engine: Engine) -> None:

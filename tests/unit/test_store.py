@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.errors import LocalProtocolError
 from kvstore.messages import PutOutcome
-from kvstore_daemon.engine import leases, store
+from kvstore_daemon.engine import eviction, leases, store
 from kvstore_daemon.engine.policy import Fifo
 from kvstore_daemon.engine.pools import Namespace
 from kvstore_daemon.engine.recount import check_invariants
@@ -139,9 +139,10 @@ def test_what_is_pinned_leased_or_being_written_is_never_evicted() -> None:
 
 
 def test_a_deleted_block_is_gone_at_once_and_its_memory_with_the_last_pin() -> None:
-    blocks = make_store(1)
+    blocks = make_store(2)
     namespace = open_pages(blocks, 1)
     put(blocks, namespace, 1)
+    written = blocks.reserve(namespace)
     slot = namespace.slots[key(1)]
     blocks.pin(slot)
     lease = blocks.lease("me", [slot], ends_at=10.0)
@@ -156,6 +157,7 @@ def test_a_deleted_block_is_gone_at_once_and_its_memory_with_the_last_pin() -> N
     assert blocks.release(lease, "me", now=1.0)
     assert blocks.free_bytes == PAGE_BYTES
     assert put(blocks, namespace, 1, version=1) is STORED
+    blocks.abandon(written)
     check_invariants(blocks)
 
 
@@ -303,10 +305,11 @@ def test_the_search_for_space_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_leases_end_and_their_blocks_can_go() -> None:
-    blocks = make_store(2)
+    blocks = make_store(4)
     namespace = open_pages(blocks, 1)
     put(blocks, namespace, 0)
     put(blocks, namespace, 1)
+    written = blocks.reserve(namespace), blocks.reserve(namespace)
     slots = [namespace.slots[key(number)] for number in (0, 1)]
     blocks.lease("me", slots, ends_at=10.0)
     blocks.lease("you", slots[:1], ends_at=20.0)
@@ -319,6 +322,49 @@ def test_leases_end_and_their_blocks_can_go() -> None:
     assert blocks.index.pins[slots[0]] == 0
     assert blocks.counters["leases_granted"] == 2
     assert blocks.counters["leases_expired"] == 1
+    for slot in written:
+        blocks.abandon(slot)
+    check_invariants(blocks)
+
+
+@pytest.mark.parametrize("pool_count", [1, 4])
+@pytest.mark.parametrize("quota", [False, True])
+def test_what_is_all_pinned_is_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch, pool_count: int, quota: bool
+) -> None:
+    monkeypatch.setattr(eviction, "CANDIDATES_MAX", 10)
+    monkeypatch.setattr(store, "CANDIDATES_MAX", 10)
+    looks: list[int] = []
+    evictable = BlockStore._evictable
+    monkeypatch.setattr(
+        BlockStore, "_evictable", lambda self, slot: looks.append(slot) or evictable(self, slot)
+    )
+    ticks = itertools.count()
+    arena = memoryview(bytearray(40 * PAGE_BYTES))
+    blocks = BlockStore(arena, lambda capacity: eviction.GuardedLru(capacity, ticks))
+    spaces = [open_pages(blocks, 1, f"pool-{number}") for number in range(pool_count)]
+    slots = []
+    for number in range(40):
+        space = spaces[number % pool_count]
+        assert put(blocks, space, number) is STORED
+        slots.append(space.slots[key(number)])
+        blocks.pin(slots[-1])
+    if quota:
+        blocks.pools.set_capacity("pool-0", spaces[0].pool.used_bytes)
+    costs = []
+    for _ in range(30):
+        looks.clear()
+        assert blocks.reserve(spaces[0]) == 0
+        costs.append(len(looks))
+    assert max(costs) == 10
+    assert sum(costs) == (40 // pool_count if quota else 40)
+    # One that is free again is found, wherever it stands.
+    free = slots[20]
+    blocks.unpin([free])
+    results = [put(blocks, spaces[0], 100) for _ in range(4)]
+    assert STORED in results
+    assert blocks.index.keys[free] == key(100)
+    blocks.unpin([slot for slot in slots if slot != free])
     check_invariants(blocks)
 
 

@@ -22,31 +22,37 @@ STALE_ENTRIES_MAX = 1024
 
 
 class _Lease:
-    __slots__ = ("ends_at", "owner", "slots")
+    __slots__ = ("ends_at", "owner", "size_bytes", "slots")
 
-    def __init__(self, owner: object, slots: array[int], ends_at: float) -> None:
+    def __init__(self, owner: object, slots: array[int], size_bytes: int, ends_at: float) -> None:
         self.owner = owner
         self.slots = slots
+        self.size_bytes = size_bytes
         self.ends_at = ends_at
 
 
 class _Owner:
-    __slots__ = ("block_count", "lease_numbers")
+    __slots__ = ("block_count", "lease_numbers", "size_bytes")
 
     def __init__(self) -> None:
         self.lease_numbers: set[int] = set()
         self.block_count = 0
+        self.size_bytes = 0
 
 
 class LeaseTable:
     """All leases that hold. Times are seconds of any monotonic clock.
 
+    Args:
+        bytes_per_owner_max: What one owner may have leased, one block twice counted twice.
+
     Attributes:
         block_count: Leased blocks, one that is leased twice counted twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bytes_per_owner_max: int) -> None:
         self.block_count = 0
+        self._bytes_per_owner_max = bytes_per_owner_max
         self._leases: dict[int, _Lease] = {}
         self._owners: dict[object, _Owner] = {}
         self._ends: list[tuple[float, int]] = []
@@ -56,8 +62,8 @@ class LeaseTable:
         """Number of leases that hold."""
         return len(self._leases)
 
-    def grant(self, owner: object, slots: Sequence[int], ends_at: float) -> int:
-        """A new lease of an owner over slots that the caller has pinned.
+    def grant(self, owner: object, slots: Sequence[int], size_bytes: int, ends_at: float) -> int:
+        """A new lease of an owner over slots that the caller has pinned, `size_bytes` in all.
 
         Returns:
             Its number, or 0 when the owner would have more than it may.
@@ -68,6 +74,7 @@ class LeaseTable:
         if (
             len(account.lease_numbers) >= LEASES_PER_OWNER_MAX
             or account.block_count + len(slots) > LEASED_BLOCKS_PER_OWNER_MAX
+            or account.size_bytes + size_bytes > self._bytes_per_owner_max
         ):
             return 0
         self._owners[owner] = account
@@ -75,8 +82,9 @@ class LeaseTable:
         number = self._last_number
         account.lease_numbers.add(number)
         account.block_count += len(slots)
+        account.size_bytes += size_bytes
         self.block_count += len(slots)
-        self._leases[number] = _Lease(owner, array("i", slots), ends_at)
+        self._leases[number] = _Lease(owner, array("i", slots), size_bytes, ends_at)
         heapq.heappush(self._ends, (ends_at, number))
         return number
 
@@ -120,6 +128,7 @@ class LeaseTable:
         account = self._owners[lease.owner]
         account.lease_numbers.remove(number)
         account.block_count -= len(lease.slots)
+        account.size_bytes -= lease.size_bytes
         self.block_count -= len(lease.slots)
         if not account.lease_numbers:
             del self._owners[lease.owner]

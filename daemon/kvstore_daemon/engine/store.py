@@ -24,7 +24,7 @@ from kvstore.messages import PutOutcome
 from kvstore_daemon.engine.allocator import END, PAGES_MAX, ExtentAllocator
 from kvstore_daemon.engine.index import BlockIndex
 from kvstore_daemon.engine.leases import LeaseTable
-from kvstore_daemon.engine.policy import EvictionPolicy
+from kvstore_daemon.engine.policy import CANDIDATES_MAX, EvictionPolicy
 from kvstore_daemon.engine.pools import Namespace, Pool, PoolTable
 
 # The unit of direct I/O, so that blocks can go to and come from a disk without a copy.
@@ -35,6 +35,9 @@ VICTIMS_PER_RESERVATION_MAX = 64
 # Blocks that go because a pool is over its quota, in one call. A quota that was lowered is
 # reached over several calls, so that none holds up the loop for more than a few ms.
 OVERDRAFT_BLOCKS_PER_CALL = 1024
+# One session may lease half of the arena: no single one can keep the others from storing, and
+# none needs more, since what it has leased is what it is about to fetch.
+LEASED_SHARE_DIVISOR = 2
 # Blocks of retired generations that are freed in one call: about 1 ms.
 RETIRED_BLOCKS_PER_CALL = 512
 
@@ -68,11 +71,14 @@ class BlockStore:
         self.index = BlockIndex()
         self.index.pins[END] = 1  # the end of the arena is not evictable
         self.pools = PoolTable(PAGE_BYTES, self.arena_bytes, make_policy, self.index.keys)
-        self.leases = LeaseTable()
+        self.leases = LeaseTable(self.arena_bytes // LEASED_SHARE_DIVISOR)
         self.counters: Counter[str] = Counter()
         self._pins = self.index.pins
         # Retired namespaces that still have published blocks, or doomed and reserved ones.
         self._retired: deque[Namespace] = deque()
+        # Candidates for eviction that were looked at in vain, by pool, since any block came to
+        # be evictable: with all of a pool looked at there is no need to look again.
+        self._in_vain: dict[str, int] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -97,10 +103,12 @@ class BlockStore:
         for slot in slots:
             pins[slot] -= 1
         doomed = self.index.doomed
-        if doomed:
+        if doomed or self._in_vain:
             for slot in slots:
-                if slot in doomed and not pins[slot]:
-                    self._free(slot)
+                if not pins[slot]:
+                    self._in_vain.clear()
+                    if slot in doomed:
+                        self._free(slot)
 
     def touch(self, namespace: Namespace, slots: Sequence[int]) -> None:
         """Blocks of one request were read, in the order of their chain."""
@@ -192,7 +200,10 @@ class BlockStore:
 
     def lease(self, owner: object, slots: Sequence[int], ends_at: float) -> int:
         """Promise published blocks to an owner; the number of the lease, 0 if refused."""
-        number = self.leases.grant(owner, slots, ends_at)
+        counts = Counter(map(self.index.namespace_numbers.__getitem__, slots))
+        by_number = self.pools.by_number
+        size_bytes = sum(by_number[number].slot_bytes * n for number, n in counts.items())
+        number = self.leases.grant(owner, slots, size_bytes, ends_at)
         if not number:
             self.counters["leases_refused"] += 1
             return 0
@@ -250,7 +261,7 @@ class BlockStore:
         if pool.used_bytes > limit and self._retired:
             self._free_retired(blocks_max)
         while pool.used_bytes > limit:
-            victim = pool.policy.evict(self._evictable) if blocks_max else None
+            victim = self._evict_from(pool) if blocks_max else None
             if victim is None:
                 return False
             blocks_max -= 1
@@ -290,14 +301,26 @@ class BlockStore:
 
     def _next_victim(self) -> int | None:
         """The next candidate of the pool whose next candidate is oldest."""
-        policies = [pool.policy for pool in self.pools if len(pool.policy)]
-        if len(policies) > 1:
-            policies.sort(key=lambda policy: policy.next_tick())
-        for policy in policies:
-            victim = policy.evict(self._evictable)
+        pools = [pool for pool in self.pools if len(pool.policy)]
+        if len(pools) > 1:
+            pools.sort(key=lambda pool: pool.policy.next_tick())
+        looked_max = sum(self._in_vain.values()) + CANDIDATES_MAX
+        for pool in pools:
+            victim = self._evict_from(pool)
             if victim is not None:
                 return victim
+            if sum(self._in_vain.values()) >= looked_max:
+                break
         return None
+
+    def _evict_from(self, pool: Pool) -> int | None:
+        count, looked = len(pool.policy), self._in_vain.get(pool.name, 0)
+        if looked >= count:
+            return None
+        victim = pool.policy.evict(self._evictable)
+        if victim is None:
+            self._in_vain[pool.name] = looked + min(count, CANDIDATES_MAX)
+        return victim
 
     def _discard(self, slot: int, counter: str) -> int:
         """Free an unpinned block that the policy let go; returns the hole it left."""
