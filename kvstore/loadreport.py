@@ -25,6 +25,9 @@ REQUESTERS_MAX = 64
 REQUESTER_CHANGED_S = 1.0
 # An unchanged queue is named again after this long, for receivers that came later.
 REQUESTER_REFRESH_S = 1.0
+# It is then named in every report for longer than the usual interval of pushes, since one
+# report goes to some receivers only (a reply, a push to those with another interval).
+REQUESTER_NAMED_S = 0.25
 # A receiver forgets a queue that was not named for five refreshes.
 REQUESTER_FORGET_S = 5.0
 # What a receiver remembers of one node: as many as a daemon accepts connections by default.
@@ -202,12 +205,17 @@ class RequesterTable:
             empty = not (queue.load.queued_bytes or queue.load.inflight_requests)
             if empty and not changed:
                 del self._queues[node_id]
-            elif changed or now - queue.named_at >= REQUESTER_REFRESH_S:
+            elif (
+                changed
+                or now - queue.named_at >= REQUESTER_REFRESH_S
+                or now - queue.named_at <= REQUESTER_NAMED_S
+            ):
                 chosen.append(queue)
         chosen.sort(key=lambda q: (-q.load.queued_bytes, -q.load.inflight_requests, q.load.node_id))
         del chosen[REQUESTERS_MAX:]
         for queue in chosen:
-            queue.named_at = now
+            if now - queue.named_at > REQUESTER_NAMED_S:
+                queue.named_at = now  # the first report of those that name it
         return tuple(queue.load for queue in chosen)
 
 

@@ -15,6 +15,7 @@ from kvstore.loadreport import (
     PUSH_INTERVAL_S,
     REQUESTER_CHANGED_S,
     REQUESTER_FORGET_S,
+    REQUESTER_NAMED_S,
     REQUESTER_REFRESH_S,
     REQUESTERS_KNOWN_MAX,
     REQUESTERS_MAX,
@@ -113,27 +114,38 @@ def test_changed_queues_are_named_in_every_report_for_a_while() -> None:
     table.set(0.0, queue("a", 100))
     assert table.select(0.0) == (queue("a", 100),)
     assert table.select(REQUESTER_CHANGED_S) == (queue("a", 100),)
-    assert table.select(REQUESTER_CHANGED_S + 0.1) == ()
+    assert table.select(REQUESTER_CHANGED_S + REQUESTER_NAMED_S + 0.1) == ()
 
 
 def test_unchanged_queues_are_named_now_and_then() -> None:
     table = RequesterTable()
     table.set(0.0, queue("a", 100))
-    named_at = [n / 10 for n in range(100) if table.select(n / 10)]
-    settled = [now for now in named_at if now > REQUESTER_CHANGED_S]
+    named_at = [n / 20 for n in range(200) if table.select(n / 20)]
+    settled = [now for now in named_at if now > REQUESTER_CHANGED_S + REQUESTER_NAMED_S]
     gaps = [later - earlier for earlier, later in itertools.pairwise(settled)]
-    assert len(settled) >= 7
-    assert all(REQUESTER_REFRESH_S - 1e-9 <= gap < REQUESTER_REFRESH_S + 0.11 for gap in gaps)
+    pauses = [gap for gap in gaps if gap > 0.06]
+    assert len(pauses) >= 6
+    # Named for a while, so that it is in some push to everyone; then not until the next time.
+    quiet_s = REQUESTER_REFRESH_S - REQUESTER_NAMED_S
+    assert all(quiet_s - 1e-9 <= pause < quiet_s + 0.06 for pause in pauses)
+
+
+def test_a_report_for_one_receiver_hides_no_queue_from_the_others() -> None:
+    table = RequesterTable()
+    table.set(0.0, queue("a", 100))
+    due = REQUESTER_CHANGED_S + REQUESTER_NAMED_S + REQUESTER_REFRESH_S
+    assert table.select(due) == (queue("a", 100),)  # a reply to somebody
+    assert table.select(due + PUSH_INTERVAL_S) == (queue("a", 100),)  # the next push to all
 
 
 def test_setting_the_same_again_is_no_change() -> None:
     table = RequesterTable()
     table.set(0.0, queue("a", 100))
     table.select(0.9)
-    table.set(1.1, queue("a", 100))
-    assert table.select(1.1) == ()
-    table.set(1.2, queue("a", 99))
-    assert table.select(1.2) == (queue("a", 99),)
+    table.set(1.3, queue("a", 100))
+    assert table.select(1.3) == ()
+    table.set(1.4, queue("a", 99))
+    assert table.select(1.4) == (queue("a", 99),)
 
 
 def test_empty_queue_is_named_with_zeros_and_then_forgotten() -> None:
