@@ -6,14 +6,27 @@ from kvstore.errors import (
     ConfigError,
     KVStoreError,
     LayoutMismatch,
+    LimitExceeded,
     LocalProtocolError,
+    PermissionDenied,
     ProtocolError,
     RefusedError,
     TransportError,
     TransportTimeout,
+    UnknownNamespace,
 )
 from kvstore.layout import Layout
-from kvstore.messages import AckLevel, FetchOutcome, Order, PutOutcome, Tier
+from kvstore.loadreport import LoadReport
+from kvstore.messages import (
+    AckLevel,
+    FetchOutcome,
+    GenerationInfo,
+    Order,
+    PoolInfo,
+    PutOutcome,
+    Status,
+    Tier,
+)
 from kvstore_client.aio import AsyncClient
 from kvstore_client.client import Client
 from kvstore_client.handles import (
@@ -39,21 +52,28 @@ __all__ = [
     "FetchHandle",
     "FetchOutcome",
     "FetchResult",
+    "GenerationInfo",
     "KVStoreError",
     "Layout",
     "LayoutMismatch",
     "Lease",
+    "LimitExceeded",
+    "LoadReport",
     "LocalProtocolError",
     "LookupResult",
     "Namespace",
     "Order",
+    "PermissionDenied",
+    "PoolInfo",
     "ProtocolError",
     "PutHandle",
     "PutOutcome",
     "PutResult",
     "RefusedError",
     "Run",
+    "Status",
     "Tier",
     "TransportError",
     "TransportTimeout",
+    "UnknownNamespace",
 ]

@@ -14,15 +14,20 @@ from kvstore.loadreport import LoadReport
 from kvstore.messages import (
     NAMESPACES_PER_LOOKUP_MAX,
     AckLevel,
-    FetchOutcome,
-    PutOutcome,
+    Empty,
+    Pool,
+    PoolAction,
+    PoolInfo,
+    Pools,
     Status,
 )
+from kvstore.wire import FrameType
 from kvstore_client.arguments import (
     check_ack,
     check_chain,
     check_deadline,
     check_lease,
+    check_pool_request,
     fetch_job,
     put_job,
 )
@@ -132,10 +137,15 @@ class AsyncClient:
         """The namespace of a pool and a layout, opened at every daemon that is reachable,
         and at the others when they come.
 
+        It stays open: a daemon that has retired it meanwhile opens it again, empty, soon after
+        a request has found that out. A daemon that refuses it (its pools are full) costs its
+        own blocks: the `errors` of results say why.
+
         Raises:
             LocalProtocolError: The name of the pool or the layout is impossible.
             LayoutMismatch: The pool is pinned to another layout; names the field.
-            RefusedError: A daemon says no for another reason.
+            PermissionDenied: A daemon says that we may not.
+            RefusedError: All daemons say no for another reason.
         """
         self._running()
         namespace = Namespace(pool, layout)
@@ -152,11 +162,14 @@ class AsyncClient:
         lease_s: float = 0.0,
         deadline_s: float = 1.0,
     ) -> LookupResult:
-        """Which blocks are stored? A daemon that does not answer has none.
+        """Which blocks are stored? A daemon that does not answer, or says no, has none: the
+        result names it.
 
         Args:
             namespaces: One, or one for each rank: a block counts only if all have it.
-            lease_s: Hits of the leading run at each daemon stay that long, at most 60 s.
+            lease_s: Hits of the leading run at each daemon stay that long, at most 60 s. A
+                daemon may grant less, and none when it has no room: see `Lease.duration_s` and
+                `LookupResult.leased`.
             deadline_s: When to do without an answer.
         """
         self._running()
@@ -165,10 +178,10 @@ class AsyncClient:
             raise LocalProtocolError(
                 f"{len(wanted)} namespaces: must be 1 to {NAMESPACES_PER_LOOKUP_MAX}"
             )
-        check_chain(keys, first)
+        blocks = check_chain(keys, first, chain)
         lease_ms = check_lease(lease_s)
         timeout_s = check_deadline(deadline_s)
-        return await self.cluster.lookup(wanted, keys, first, chain, lease_ms, timeout_s)
+        return await self.cluster.lookup(wanted, blocks, lease_ms, timeout_s)
 
     def fetch(
         self,
@@ -198,18 +211,20 @@ class AsyncClient:
         Raises:
             LocalProtocolError: An argument is wrong; names it and what was expected.
         """
-        deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
-        keys = tuple(keys)  # callers lengthen their chains while we work
-        wanted = check_chain(keys, first)
-        loop = self._running()
-        job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
-        handle = AsyncFetchHandle(
-            deadline,
-            lambda: job.end(FetchOutcome.UNAVAILABLE, loop.time()),
-            len(job.layers),
+        job = fetch_job(
+            namespace,
+            keys,
+            into,
+            first=first,
+            chain=chain,
+            layers=layers,
+            order=order,
+            group_layers=group_layers,
+            deadline_s=self.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
         )
-        job.handle = handle
-        self.cluster.begin_fetch(job, keys, first, chain)
+        handle = job.handle = AsyncFetchHandle(job.deadline_s, job.cancel, len(job.layers))
+        self.cluster.begin_fetch(job)
         return handle
 
     def put(
@@ -233,15 +248,18 @@ class AsyncClient:
         Raises:
             LocalProtocolError: An argument is wrong; names it and what was expected.
         """
-        deadline = self.deadline_s if deadline_s is None else check_deadline(deadline_s)
-        keys = tuple(keys)  # callers lengthen their chains while we work
-        wanted = check_chain(keys, first)
         level = check_ack(ack)
-        loop = self._running()
-        job = put_job(namespace, wanted, blocks, loop.time(), deadline)
-        handle = AsyncPutHandle(deadline, lambda: job.end(PutOutcome.UNAVAILABLE, loop.time()))
-        job.handle = handle
-        self.cluster.begin_put(job, keys, first, chain, level)
+        job = put_job(
+            namespace,
+            keys,
+            blocks,
+            first=first,
+            chain=chain,
+            deadline_s=self.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
+        )
+        handle = job.handle = AsyncPutHandle(job.deadline_s, job.cancel)
+        self.cluster.begin_put(job, level)
         return handle
 
     async def release(self, leases: Sequence[Lease]) -> int:
@@ -263,17 +281,88 @@ class AsyncClient:
             KVStoreError: A daemon that may have some of them did not do it.
         """
         self._running()
-        check_chain(keys, first)
-        return await self.cluster.delete(namespace, keys, first, chain)
+        return await self.cluster.delete(namespace, check_chain(keys, first, chain))
 
     async def status(self) -> dict[str, Status | KVStoreError]:
         """What each daemon says of itself, or why it says nothing, by endpoint."""
         self._running()
-        return await self.cluster.status()
+        return await self.cluster.ask_all(FrameType.STATUS, Empty(), Status)
+
+    # --- pools -----------------------------------------------------------------------------
+    #
+    # What each daemon answers, or why it does not, by endpoint. Nothing is undone where some
+    # daemons did it and others did not: the call may be repeated.
+
+    async def pools(self, pool: str = "") -> dict[str, list[PoolInfo] | KVStoreError]:
+        """The pools of each daemon, or one of them, with their generations, by endpoint."""
+        return await self._administer(check_pool_request(PoolAction.LIST, pool))
+
+    async def pin_pool(
+        self, pool: str, generation: bytes
+    ) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """Refuse other layouts than that of one generation from now on; as `pools`.
+
+        Args:
+            generation: Its id, as `Namespace.generation` or `pools` tell it.
+
+        Raises:
+            LocalProtocolError: An argument that cannot be; daemons are not asked.
+        """
+        return await self._administer(check_pool_request(PoolAction.PIN, pool, generation))
+
+    async def unpin_pool(self, pool: str) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """Take any layout again; as `pools`."""
+        return await self._administer(check_pool_request(PoolAction.UNPIN, pool))
+
+    async def retire_generation(
+        self, pool: str, generation: bytes
+    ) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """Drop a generation with all its blocks; arguments and answers as of `pin_pool`.
+
+        Clients that still use it open it again, unless the pool is pinned to another one.
+        """
+        return await self._administer(check_pool_request(PoolAction.RETIRE, pool, generation))
+
+    async def set_pool_capacity(
+        self, pool: str, capacity_bytes: int
+    ) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """Bound what a pool may hold at each daemon, 0 for no bound; as `pools`."""
+        request = check_pool_request(PoolAction.SET_CAPACITY, pool, capacity_bytes=capacity_bytes)
+        return await self._administer(request)
+
+    async def _administer(self, request: Pool) -> dict[str, list[PoolInfo] | KVStoreError]:
+        self._running()
+        replies = await self.cluster.ask_all(FrameType.POOL, request, Pools)
+        return {
+            endpoint: list(reply.pools) if isinstance(reply, Pools) else reply
+            for endpoint, reply in replies.items()
+        }
+
+    # --- what is known ---------------------------------------------------------------------
 
     def report(self, node_id: str) -> LoadReport | None:
         """The newest load report of a node."""
         return self.cluster.reports.report(node_id)
+
+    def reports(self) -> dict[str, LoadReport | None]:
+        """The newest load report of each daemon by endpoint; None before the first."""
+        self._running()
+        return self.cluster.newest_reports()
+
+    def counters(self) -> dict[str, int]:
+        """What has happened since the client was made, by name; what never did is missing.
+
+        ::
+
+            fetch_requests, fetch_blocks_hit, _miss, _corrupt, _timeout, _unavailable
+            put_requests, put_blocks_stored, _exists, _conflict, _full, ...
+            fetch_bytes_direct, put_bytes_direct    payload that came and went, by path
+            lookup_requests, lookup_keys, lookup_hits
+            corrupt_blocks     came damaged; those too of which another daemon had a good copy
+            reconnects         links that were lost and are up again
+            breaker_openings   times that a daemon was left alone
+        """
+        return dict(self.cluster.counters)
 
     def _running(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:

@@ -70,16 +70,26 @@ class Backoff:
 class CircuitBreaker:
     """Decides whether a peer is asked at all. One thread.
 
-    A failure is a connection that broke, a refusal to connect, a deadline that passed; a miss
-    is a success. Outcomes of requests that were sent before the breaker opened count neither
-    way while it is open, so that a burst of them makes the pause no longer.
+    A failure is a connection that broke, a refusal to connect, a deadline that passed in
+    silence; a miss is a success. Requests that fail together are one failure, however many:
+    what was begun before the last counted failure says nothing new. Outcomes of requests that
+    were sent before the breaker opened count neither way while it is open, so that a burst of
+    them makes the pause no longer.
     """
 
-    __slots__ = ("_backoff", "_failure_count", "_probe_until", "_ramp_started_at", "_retry_at")
+    __slots__ = (
+        "_backoff",
+        "_failed_at",
+        "_failure_count",
+        "_probe_until",
+        "_ramp_started_at",
+        "_retry_at",
+    )
 
     def __init__(self) -> None:
         self._backoff = Backoff()
         self._failure_count = 0
+        self._failed_at: float | None = None  # when the last failure was counted
         # At most one of these is set: OPEN, HALF_OPEN and RAMPING in this order.
         self._retry_at: float | None = None
         self._probe_until: float | None = None
@@ -132,14 +142,18 @@ class CircuitBreaker:
             self._ramp_started_at = now
         self._finish_ramp(now)
 
-    def failure(self, now: float, draw: float = 1.0) -> None:
+    def failure(self, now: float, draw: float = 1.0, begun_at: float | None = None) -> None:
         """A request failed.
 
         Args:
             draw: Places the next probe within the range of the backoff.
+            begun_at: When the request was begun; None for what happened just now.
         """
         if self._retry_at is not None:
             return
+        if begun_at is not None and self._failed_at is not None and begun_at < self._failed_at:
+            return
+        self._failed_at = now
         self._finish_ramp(now)
         self._failure_count += 1
         # What has just been sick gets no five tries.

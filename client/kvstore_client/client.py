@@ -13,9 +13,10 @@ import uvloop
 from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
-from kvstore.messages import AckLevel, FetchOutcome, PutOutcome, Status
+from kvstore.messages import AckLevel, PoolInfo, Status
 from kvstore_client.aio import DEADLINE_S, AsyncClient
-from kvstore_client.arguments import check_ack, check_chain, check_deadline, fetch_job, put_job
+from kvstore_client.arguments import check_ack, fetch_job, put_job
+from kvstore_client.cluster import closed_error
 from kvstore_client.handles import FetchHandle, Lease, LookupResult, PutHandle
 from kvstore_client.namespaces import Namespace
 
@@ -151,19 +152,23 @@ class Client:
         deadline_s: float | None = None,
     ) -> FetchHandle:
         """See `AsyncClient.fetch`."""
-        loop = self._running()
-        deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
-        keys = tuple(keys)  # callers lengthen their chains while we work
-        wanted = check_chain(keys, first)
-        job = fetch_job(namespace, wanted, into, layers, order, group_layers, loop.time(), deadline)
-        handle = FetchHandle(
-            deadline,
-            lambda: self._soon(lambda: job.end(FetchOutcome.UNAVAILABLE, loop.time())),
-            len(job.layers),
+        job = fetch_job(
+            namespace,
+            keys,
+            into,
+            first=first,
+            chain=chain,
+            layers=layers,
+            order=order,
+            group_layers=group_layers,
+            deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
         )
-        job.handle = handle
-        if not self._soon(lambda: self._client.cluster.begin_fetch(job, keys, first, chain)):
-            job.end(FetchOutcome.UNAVAILABLE, job.started_at)
+        handle = job.handle = FetchHandle(
+            job.deadline_s, lambda: self._soon(job.cancel), len(job.layers)
+        )
+        if not self._soon(lambda: self._client.cluster.begin_fetch(job)):
+            job.give_up(closed_error())
         return handle
 
     def put(
@@ -178,18 +183,19 @@ class Client:
         deadline_s: float | None = None,
     ) -> PutHandle:
         """See `AsyncClient.put`."""
-        loop = self._running()
-        deadline = self._client.deadline_s if deadline_s is None else check_deadline(deadline_s)
-        keys = tuple(keys)  # callers lengthen their chains while we work
-        wanted = check_chain(keys, first)
         level = check_ack(ack)
-        job = put_job(namespace, wanted, blocks, loop.time(), deadline)
-        handle = PutHandle(
-            deadline, lambda: self._soon(lambda: job.end(PutOutcome.UNAVAILABLE, loop.time()))
+        job = put_job(
+            namespace,
+            keys,
+            blocks,
+            first=first,
+            chain=chain,
+            deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
         )
-        job.handle = handle
-        if not self._soon(lambda: self._client.cluster.begin_put(job, keys, first, chain, level)):
-            job.end(PutOutcome.UNAVAILABLE, job.started_at)
+        handle = job.handle = PutHandle(job.deadline_s, lambda: self._soon(job.cancel))
+        if not self._soon(lambda: self._client.cluster.begin_put(job, level)):
+            job.give_up(closed_error())
         return handle
 
     def release(self, leases: Sequence[Lease]) -> int:
@@ -211,9 +217,41 @@ class Client:
         """See `AsyncClient.status`."""
         return self._wait(self._client.status())
 
+    def pools(self, pool: str = "") -> dict[str, list[PoolInfo] | KVStoreError]:
+        """See `AsyncClient.pools`."""
+        return self._wait(self._client.pools(pool))
+
+    def pin_pool(self, pool: str, generation: bytes) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """See `AsyncClient.pin_pool`."""
+        return self._wait(self._client.pin_pool(pool, generation))
+
+    def unpin_pool(self, pool: str) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """See `AsyncClient.unpin_pool`."""
+        return self._wait(self._client.unpin_pool(pool))
+
+    def retire_generation(
+        self, pool: str, generation: bytes
+    ) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """See `AsyncClient.retire_generation`."""
+        return self._wait(self._client.retire_generation(pool, generation))
+
+    def set_pool_capacity(
+        self, pool: str, capacity_bytes: int
+    ) -> dict[str, list[PoolInfo] | KVStoreError]:
+        """See `AsyncClient.set_pool_capacity`."""
+        return self._wait(self._client.set_pool_capacity(pool, capacity_bytes))
+
     def report(self, node_id: str) -> LoadReport | None:
         """See `AsyncClient.report`."""
         return self._client.report(node_id)
+
+    def reports(self) -> dict[str, LoadReport | None]:
+        """See `AsyncClient.reports`."""
+        return self._client.reports()
+
+    def counters(self) -> dict[str, int]:
+        """See `AsyncClient.counters`."""
+        return self._client.counters()
 
     def _running(self) -> asyncio.AbstractEventLoop:
         loop = self._loop

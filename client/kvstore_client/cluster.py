@@ -12,47 +12,45 @@ import itertools
 import logging
 import os
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import parse_endpoint
-from kvstore.errors import ConfigError, Draining, KVStoreError, RefusedError, RemoteProtocolError
+from kvstore.errors import ConfigError, Draining, KVStoreError, RefusedError, TransportError
 from kvstore.loadreport import LoadReport, ReportTable
 from kvstore.messages import (
-    LOOKUP_PROBES_MAX,
     AckLevel,
     Delete,
     DeleteReply,
-    Empty,
     FetchOutcome,
-    Lookup,
-    LookupReply,
+    Message,
     PutOutcome,
     Release,
     ReleaseReply,
-    Status,
 )
 from kvstore.wire import FrameType
+from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
 from kvstore_client.jobs import FetchJob, PutJob
-from kvstore_client.link import PeerLink
-from kvstore_client.namespaces import Namespace
+from kvstore_client.link import KEY_METADATA_BYTES, LinkSetup, PeerLink
+from kvstore_client.lookup import ClusterLookup
+from kvstore_client.namespaces import FINAL_REFUSALS, Namespace
 from kvstore_client.paths.direct import DirectPath
 from kvstore_client.paths.store import StorePath
-from kvstore_client.placement import OWNERS_MAX, Extent, Placement
+from kvstore_client.placement import OWNERS_MAX, Chain, Placement, block_owners, by_owner, parts
+
+ReplyT = TypeVar("ReplyT", bound=Message)
 
 logger = logging.getLogger(__name__)
 
 # Bytes of one PUT: half a millisecond of hashing before the first of them can be sent.
 PUT_BYTES_MAX = 16 * 1024 * 1024
-# A key and its framing in the metadata of a request.
-KEY_METADATA_BYTES = 68
 
 # From the one that says most to the one that says least, when two daemons were asked.
 _FETCH_RANKS = (FetchOutcome.CORRUPT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
@@ -82,12 +80,14 @@ class Cluster:
     Attributes:
         endpoints: Normal forms, in the caller's order.
         reports: Newest load report of each node.
+        counters: What has been counted since the beginning; see `AsyncClient.counters`.
     """
 
     def __init__(self, endpoints: Sequence[str], options: ClusterOptions) -> None:
         parsed = [parse_endpoint(text, "endpoints") for text in endpoints]
         self.endpoints = [str(endpoint) for endpoint in parsed]
         self.reports = ReportTable()
+        self.counters: Counter[str] = Counter()
         self._parsed = parsed
         self._placement = Placement(self.endpoints)
         if not 1 <= options.copies <= OWNERS_MAX:
@@ -112,23 +112,17 @@ class Cluster:
         self._store = StorePath(self._loop)
         self._checksums = ChecksumMaker(self._loop)
         options = self._options
-        session = os.urandom(16)
-        request_ids = itertools.count(1)
-        draws = random.Random(options.seed)
-        self._links = [
-            PeerLink(
-                self._loop,
-                endpoint,
-                options.node_id,
-                session,
-                options.token,
-                request_ids,
-                options.connect_timeout_s,
-                self._take_report,
-                draws,
-            )
-            for endpoint in self._parsed
-        ]
+        setup = LinkSetup(
+            node_id=options.node_id,
+            session=os.urandom(16),
+            token=options.token,
+            request_ids=itertools.count(1),
+            timeout_s=options.connect_timeout_s,
+            on_report=self._take_report,
+            draws=random.Random(options.seed),
+            counters=self.counters,
+        )
+        self._links = [PeerLink(self._loop, endpoint, setup) for endpoint in self._parsed]
         tries = [asyncio.ensure_future(link.tried()) for link in self._links]
         try:
             await asyncio.wait(tries, timeout=2 * options.connect_timeout_s)
@@ -139,12 +133,8 @@ class Cluster:
     async def close(self) -> None:
         """End everything under way; its outcome is UNAVAILABLE."""
         self._closed = True
-        now = self._loop.time()
         for job in list(self._jobs):
-            if isinstance(job, FetchJob):
-                job.end(FetchOutcome.UNAVAILABLE, now)
-            else:
-                job.end(PutOutcome.UNAVAILABLE, now)
+            job.give_up(closed_error())
         # All that matters happens before the first wait, in case that is cancelled.
         for link in self._links:
             link.close()
@@ -159,79 +149,40 @@ class Cluster:
     async def open_namespace(self, namespace: Namespace) -> None:
         """Open a namespace on every daemon, now or when it can be reached.
 
+        A daemon that refuses costs its own blocks, as one that is down does; it is asked again
+        when the namespace is wanted.
+
         Raises:
-            RefusedError: A daemon says no; LayoutMismatch names the field.
+            LayoutMismatch: A daemon has the pool pinned to another layout; names the field.
+            PermissionDenied: A daemon says that we may not.
+            RefusedError: Every daemon refuses; what the first of them says.
         """
         results = await asyncio.gather(
             *(link.open_namespace(namespace) for link in self._links), return_exceptions=True
         )
+        refusals = 0
         for link, result in zip(self._links, results, strict=True):
-            if isinstance(result, RefusedError) and not isinstance(result, Draining):
+            if isinstance(result, FINAL_REFUSALS):
                 raise result
             if isinstance(result, KVStoreError):
                 logger.warning("%s: opens %r later: %s", link.peer, namespace, result)
             elif isinstance(result, BaseException):
                 raise result
+            refusals += isinstance(result, RefusedError) and not isinstance(result, Draining)
+        if refusals == len(self._links) and isinstance(results[0], RefusedError):
+            raise results[0]
 
     async def lookup(
-        self,
-        namespaces: Sequence[Namespace],
-        keys: Sequence[bytes],
-        first: int,
-        chain: bool,
-        lease_ms: int,
-        timeout_s: float,
+        self, namespaces: Sequence[Namespace], chain: Chain, lease_ms: int, timeout_s: float
     ) -> LookupResult:
-        """Which of `keys[first:]` are stored in all namespaces; see `AsyncClient.lookup`."""
-        hits = bytearray(len(keys) - first)
-        leases: list[Lease] = []
-        failed: set[int] = set()
-        ids = tuple(namespace.id for namespace in namespaces)
+        """Which blocks of a chain are stored in all namespaces; see `AsyncClient.lookup`."""
         deadline_at = self._loop.time() + timeout_s
-
-        async def ask(peer: int, indices: Sequence[int], left_s: float) -> None:
-            link = self._links[peer]
-            if not link.allow():
-                failed.add(peer)
-                return
-            message = Lookup(
-                namespaces=ids, keys=[keys[first + i] for i in indices], lease_ms=lease_ms
-            )
-            try:
-                reply = await link.call(FrameType.LOOKUP, message, left_s)
-            except KVStoreError as error:
-                logger.info("LOOKUP at %s: %s", link.peer, error)
-                failed.add(peer)
-                return
-            assert isinstance(reply, LookupReply)
-            bitmap = int.from_bytes(reply.bitmap, "little")
-            for position, index in enumerate(indices):
-                if bitmap >> position & 1:
-                    hits[index] = 1
-            if reply.lease:
-                leases.append(Lease(self.endpoints[peer], reply.lease))
-
-        extents = self._placement.split(keys, first, len(keys), chain)
-        ranks = max((len(extent.owners) for extent in extents), default=0)
-        keys_max = max(1, LOOKUP_PROBES_MAX // len(ids))
-        for rank in range(ranks):
-            # A daemon that hangs leaves time to ask the next.
-            left_s = max(0.001, (deadline_at - self._loop.time()) / (ranks - rank))
-            wanted = _by_peer(extents, rank, first, lambda index: not hits[index])
-            await asyncio.gather(
-                *(
-                    ask(peer, part, left_s)
-                    for peer, indices in wanted.items()
-                    for part in _parts(indices, min(self._links[peer].keys_max, keys_max))
-                )
-            )
-        misses = [index for index, hit in enumerate(hits) if not hit]
-        return LookupResult(
-            hits=[bool(hit) for hit in hits],
-            prefix=misses[0] if misses else len(hits),
-            leases=leases,
-            unreachable=[self.endpoints[peer] for peer in sorted(failed)],
-        )
+        lookup = ClusterLookup(self._loop, self._links, namespaces, chain, lease_ms, deadline_at)
+        found = await lookup.run(self._placement.extents(chain))
+        self.counters["lookup_requests"] += 1
+        self.counters["lookup_keys"] += len(found.hits)
+        self.counters["lookup_hits"] += sum(found.hits)
+        return found
 
     async def release(self, leases: Sequence[Lease]) -> int:
         """Give leases back; how many had held until now. The others have ended already."""
@@ -252,38 +203,34 @@ class Cluster:
             *(
                 ask(link, part)
                 for endpoint, link in zip(self.endpoints, self._links, strict=True)
-                for part in _parts(by_endpoint[endpoint], link.keys_max)
+                for part in parts(by_endpoint[endpoint], link.keys_max())
             )
         )
         return sum(counts)
 
-    async def delete(
-        self, namespace: Namespace, keys: Sequence[bytes], first: int, chain: bool
-    ) -> list[bool]:
-        """Remove `keys[first:]` wherever they may be; whether each was there.
+    async def delete(self, namespace: Namespace, chain: Chain) -> list[bool]:
+        """Remove the blocks of a chain wherever they may be; whether each was there.
 
         Raises:
             KVStoreError: A daemon that may have some of them did not do it.
         """
-        deleted = bytearray(len(keys) - first)
-        extents = self._placement.split(keys, first, len(keys), chain)
+        keys = chain.wanted
+        deleted = bytearray(len(keys))
+        extents = self._placement.extents(chain)
 
-        async def ask(peer: int, indices: Sequence[int]) -> None:
-            message = Delete(namespace=namespace.id, keys=[keys[first + i] for i in indices])
-            reply = await self._links[peer].call(FrameType.DELETE, message)
+        async def ask(link: PeerLink, indices: Sequence[int]) -> None:
+            message = Delete(namespace=namespace.id, keys=[keys[index] for index in indices])
+            reply = await link.call(FrameType.DELETE, message)
             assert isinstance(reply, DeleteReply)
-            if len(reply.deleted) != len(indices):
-                raise RemoteProtocolError(
-                    f"DELETE: {len(reply.deleted)} answers for {len(indices)} keys"
-                )
             for index, gone in zip(indices, reply.deleted, strict=True):
                 deleted[index] |= gone
 
         calls = [
-            ask(peer, part)
+            ask(link, part)
             for rank in range(max((len(extent.owners) for extent in extents), default=0))
-            for peer, indices in _by_peer(extents, rank, first).items()
-            for part in _parts(indices, self._links[peer].keys_max)
+            for peer, indices in by_owner(extents, rank).items()
+            for link in (self._links[peer],)
+            for part in parts(indices, link.keys_max())
         ]
         results = await asyncio.gather(*calls, return_exceptions=True)
         for result in results:
@@ -291,35 +238,40 @@ class Cluster:
                 raise result
         return [bool(gone) for gone in deleted]
 
-    async def status(self) -> dict[str, Status | KVStoreError]:
-        """What each daemon says of itself, or why it says nothing, by endpoint."""
+    async def ask_all(
+        self, type: FrameType, message: Message, reply_type: type[ReplyT]
+    ) -> dict[str, ReplyT | KVStoreError]:
+        """The same question for every daemon: its reply or why there is none, by endpoint."""
 
-        async def ask(link: PeerLink) -> Status | KVStoreError:
+        async def ask(link: PeerLink) -> ReplyT | KVStoreError:
             try:
-                reply = await link.call(FrameType.STATUS, Empty())
+                reply = await link.call(type, message)
             except KVStoreError as error:
                 return error
-            assert isinstance(reply, Status)
+            assert isinstance(reply, reply_type)
             return reply
 
         replies = await asyncio.gather(*map(ask, self._links))
         return dict(zip(self.endpoints, replies, strict=True))
 
+    def newest_reports(self) -> dict[str, LoadReport | None]:
+        """The newest load report of each daemon, None before the first, by endpoint."""
+        return {
+            endpoint: self.reports.report(link.welcome.node_id) if link.welcome else None
+            for endpoint, link in zip(self.endpoints, self._links, strict=True)
+        }
+
     # --- fetch -----------------------------------------------------------------------------
 
-    def begin_fetch(self, job: FetchJob, keys: Sequence[bytes], first: int, chain: bool) -> None:
-        """Run a fetch; its handle ends by itself.
-
-        Args:
-            keys, first, chain: Where the job's blocks lie: it is about `keys[first:]`.
-        """
+    def begin_fetch(self, job: FetchJob) -> None:
+        """Run a fetch; its handle ends by itself."""
 
         async def run() -> None:
-            owners = _owners(self._placement.split(keys, first, len(keys), chain))
+            owners = block_owners(self._placement.extents(job.chain))
             failed = [FetchOutcome.MISS] * len(owners)
             await self._fetch_from(job, owners, 0, range(len(owners)), failed)
 
-        self._begin(job, run(), partial(job.end, FetchOutcome.TIMEOUT))
+        self._begin(job, run)
 
     async def _fetch_from(
         self,
@@ -336,7 +288,7 @@ class Cluster:
         await _all(
             self._fetch_run(job, owners, rank, part, failed)
             for peer, group in by_peer.items()
-            for part in _parts(group, self._links[peer].keys_max)
+            for part in parts(group, self._links[peer].keys_max())
         )
 
     async def _fetch_run(
@@ -359,7 +311,7 @@ class Cluster:
 
         link = self._links[owners[indices[0]][rank]]
         async with link.fetch_slots:
-            if job.ended:
+            if self._over(job):
                 return
             refusal = link.refusal(job.namespace)
             if refusal is None and link.allow():
@@ -368,25 +320,23 @@ class Cluster:
                 job.add_error(refusal or link.unavailable())
                 for index in indices:
                     on_failed(index, FetchOutcome.UNAVAILABLE)
-        if again and not job.ended:
+        if again and not self._over(job):
             await self._fetch_from(job, owners, rank + 1, again, failed)
 
     # --- put -------------------------------------------------------------------------------
 
-    def begin_put(
-        self, job: PutJob, keys: Sequence[bytes], first: int, chain: bool, ack: AckLevel
-    ) -> None:
-        """Run a put; its handle ends by itself. Arguments as in `begin_fetch`."""
+    def begin_put(self, job: PutJob, ack: AckLevel) -> None:
+        """Run a put; its handle ends by itself."""
 
         async def run() -> None:
-            owners = _owners(self._placement.split(keys, first, len(keys), chain))
+            owners = block_owners(self._placement.extents(job.chain))
             copies = min(self._options.copies, len(self._links))
             await _all(
                 self._put_to(job, owners, rank, range(len(owners)), ack, spare=copies == 1)
                 for rank in range(copies)
             )
 
-        self._begin(job, run(), partial(job.end, PutOutcome.TIMEOUT))
+        self._begin(job, run)
 
     async def _put_to(
         self,
@@ -404,7 +354,7 @@ class Cluster:
         await _all(
             self._put_run(job, owners, rank, part, ack, spare)
             for peer, group in by_peer.items()
-            for part in _parts(group, self._put_blocks_max(job.namespace, peer))
+            for part in parts(group, self._put_blocks_max(job.namespace, peer))
         )
 
     async def _put_run(
@@ -426,10 +376,10 @@ class Cluster:
 
         link = self._links[owners[indices[0]][rank]]
         async with link.put_slots:
-            if job.ended:
+            if self._over(job):
                 return
             checksums = await self._checksums.checksums(job, indices) if link.up else b""
-            if job.ended:
+            if self._over(job):
                 return
             refusal = link.refusal(job.namespace)
             if checksums and refusal is None and link.allow():
@@ -438,75 +388,57 @@ class Cluster:
                 job.add_error(refusal or link.unavailable())
                 for index in indices:
                     on_outcome(index, PutOutcome.UNAVAILABLE)
-        if again and not job.ended:
+        if again and not self._over(job):
             await self._put_to(job, owners, rank + 1, again, ack, spare)
         for index in again:
             job.block_done(index, PutOutcome.UNAVAILABLE)
 
     def _put_blocks_max(self, namespace: Namespace, peer: int) -> int:
         """Blocks of one PUT: bounded by the frame of its announcement, and by its bytes."""
-        geometry, link = namespace.geometry, self._links[peer]
+        geometry = namespace.geometry
         each_bytes = KEY_METADATA_BYTES + geometry.layer_count * CHECKSUM_BYTES
-        announced = (link.limits.metadata_bytes - 1024) // each_bytes
         sized = PUT_BYTES_MAX // geometry.block_bytes
-        return max(1, min(link.keys_max, announced, sized))
+        return max(1, min(self._links[peer].keys_max(each_bytes), sized))
 
     # --- the rest --------------------------------------------------------------------------
 
     def _take_report(self, report: LoadReport) -> None:
         self.reports.accept(self._loop.time(), report)
 
-    def _begin(
-        self, job: FetchJob | PutJob, run: Coroutine[Any, Any, None], end: Callable[[float], None]
-    ) -> None:
-        if self._closed or job.deadline_at <= job.started_at or not job.keys:
-            run.close()
-            if self._closed:
-                job.fail_all()
-            end(self._loop.time())
+    def _over(self, job: FetchJob | PutJob) -> bool:
+        """Whether nothing is to be sent for a job any more."""
+        return job.ended or self._loop.time() >= job.deadline_at
+
+    def _begin(self, job: FetchJob | PutJob, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        job.on_end = partial(count_job, self.counters, job)
+        if self._closed:
+            job.give_up(closed_error())
+            return
+        if not job.keys or self._over(job):
+            job.time_out()
             return
         self._jobs.add(job)
-        timer = self._loop.call_at(job.deadline_at, lambda: end(self._loop.time()))
+        timer = self._loop.call_at(job.deadline_at, job.time_out)
 
         async def supervise() -> None:
             try:
-                await run
+                await run()
             except Exception as error:
                 logger.exception("internal error in a request")
-                job.add_error(error)
-                job.fail_all()
+                job.give_up(error)
             finally:
                 timer.cancel()
                 self._jobs.discard(job)
-                end(self._loop.time())
+                job.time_out()  # of what was not even sent; all else is known
 
         task = self._loop.create_task(supervise())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-def _owners(extents: Iterable[Extent]) -> list[tuple[int, ...]]:
-    """The owners of each block, in order."""
-    return [extent.owners for extent in extents for _ in range(extent.first, extent.last)]
-
-
-def _by_peer(
-    extents: Iterable[Extent],
-    rank: int,
-    first: int,
-    wanted: Callable[[int], bool] = lambda index: True,
-) -> dict[int, list[int]]:
-    """Indices of blocks by the peer that owns them in this rank."""
-    by_peer: defaultdict[int, list[int]] = defaultdict(list)
-    for extent in extents:
-        if rank < len(extent.owners):
-            indices = filter(wanted, range(extent.first - first, extent.last - first))
-            by_peer[extent.owners[rank]].extend(indices)
-    return {peer: indices for peer, indices in by_peer.items() if indices}
-
-
-def _parts(items: Sequence[int], size_max: int) -> list[Sequence[int]]:
-    return [items[at : at + size_max] for at in range(0, len(items), size_max)]
+def closed_error() -> TransportError:
+    """Why what was under way has ended when its client was closed."""
+    return TransportError("the client was closed")
 
 
 def _worse(known: FetchOutcome, outcome: FetchOutcome) -> FetchOutcome:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from kvstore.errors import TransportTimeout
+from kvstore.errors import RefusedError, TransportTimeout
 from kvstore.messages import FetchOutcome, PutOutcome, Tier
 
 # How much later than its deadline a handle may end before the library is declared stuck
@@ -33,7 +33,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         block_count: Blocks that were asked for in this run.
         bytes: Payload bytes that arrived or were sent.
         elapsed_us: From the request until its last word, by the clock of this process.
-        service_us: Of those, the time that the peer says it took.
+        queued_us: Of those, until the peer began to send, as it says itself.
+        service_us: Of those, from then until it had sent the last byte, as it says itself.
+            Both are 0 where its last word did not come.
     """
 
     path: str
@@ -42,6 +44,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     block_count: int
     bytes: int
     elapsed_us: int
+    queued_us: int = 0
     service_us: int = 0
 
 
@@ -50,7 +53,8 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         outcomes: One a key, in the order of the request.
-        tiers: Where each block was found.
+        tiers: Where each block was found. A peer says so in its last word: where that did not
+            come, because of the deadline, a cancel or a broken link, a hit has Tier.NONE too.
         runs: What the blocks travelled in; those tried again are in two.
         run_of_block: For each key the index of its last run, -1 if it was in none.
         bytes: Bytes of hits that are in the caller's memory.
@@ -154,9 +158,22 @@ class Handle(Generic[ResultT]):
                 " the client's loop thread is starved"
             ) from None
 
-    def wait_quiet(self) -> None:
-        """Wait until the caller's memory is free."""
-        self.quiet.result()
+    def wait_quiet(self, timeout_s: float | None = None) -> None:
+        """Wait until the caller's memory is free.
+
+        Args:
+            timeout_s: How long at most; None for as long as it takes: milliseconds after the
+                outcome, and 200 where a peer takes no more of a put.
+
+        Raises:
+            TransportTimeout: The memory is not free yet, and must not be touched.
+        """
+        try:
+            self.quiet.result(timeout_s)
+        except TimeoutError:
+            raise TransportTimeout(
+                f"not quiet after {timeout_s} s: the memory is still in use"
+            ) from None
 
 
 class FetchHandle(Handle[FetchResult]):
@@ -280,6 +297,19 @@ def _on_loop(future: Future[Any]) -> asyncio.Future[Any]:
     return waiter
 
 
+class Lease(msgspec.Struct, frozen=True):
+    """A lease at one peer, as `LookupResult.leases` holds them.
+
+    Attributes:
+        duration_s: How long it holds, from the lookup on: less than was asked for where the
+            peer grants no more.
+    """
+
+    endpoint: str
+    number: int
+    duration_s: float = 0.0
+
+
 class LookupResult(msgspec.Struct, frozen=True, kw_only=True):
     """Which blocks are stored.
 
@@ -287,17 +317,16 @@ class LookupResult(msgspec.Struct, frozen=True, kw_only=True):
         hits: One a key asked for: stored in all namespaces.
         prefix: Length of the leading run of hits.
         leases: What keeps the hits in place; give them to `release`.
+        leased: How many leading blocks of the prefix they keep in place: all of it, unless a
+            daemon refused the lease; 0 if none was asked for.
         unreachable: Endpoints that did not answer; their extents count as not stored.
+        refused: Endpoints that said no, and why (the namespace is not open there, a limit);
+            their extents count as not stored.
     """
 
     hits: list[bool]
     prefix: int
-    leases: Sequence[Any]
+    leases: list[Lease]
+    leased: int = 0
     unreachable: list[str]
-
-
-class Lease(msgspec.Struct, frozen=True):
-    """A lease at one peer, as `LookupResult.leases` holds them."""
-
-    endpoint: str
-    number: int
+    refused: dict[str, RefusedError] = {}

@@ -7,13 +7,16 @@ the loop's thread; knows neither sockets nor paths.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
+from kvstore.errors import KVStoreError
 from kvstore.layout import Geometry, PieceMap
 from kvstore.messages import FetchOutcome, PutOutcome, Tier
 from kvstore.transfer import PENDING, BlockMemory
 from kvstore_client.handles import FetchHandle, FetchResult, PutHandle, PutResult, Run
 from kvstore_client.namespaces import Namespace
+from kvstore_client.placement import Chain
 
 # By their numbers, since making a member of an enumeration costs more than all else a block.
 _FETCH_OUTCOMES = tuple(FetchOutcome)
@@ -40,20 +43,30 @@ class Job:
     """What fetches and puts have in common.
 
     Args:
+        chain: Which blocks the call is about, and where they lie.
+        now: Loop time of the call.
+        deadline_s: From then on, when everything ends.
+
+    Attributes:
         keys: Keys of the blocks that the call is about.
         deadline_at: Loop time at which everything ends.
-        started_at: Loop time of the call.
+        timed_out: Whether it was the deadline that ended the job.
+        on_end: Called once when every outcome is known, before the handle tells.
     """
 
     handle: FetchHandle | PutHandle
 
-    def __init__(
-        self, namespace: Namespace, keys: Sequence[bytes], started_at: float, deadline_at: float
-    ) -> None:
+    def __init__(self, namespace: Namespace, chain: Chain, now: float, deadline_s: float) -> None:
+        keys = chain.wanted
         self.namespace = namespace
+        self.chain = chain
         self.keys = keys
-        self.started_at = started_at
-        self.deadline_at = deadline_at
+        self.deadline_s = deadline_s
+        self.deadline_at = now + deadline_s
+        self.timed_out = False
+        self.on_end: Callable[[], None] = lambda: None
+        # Not the loop's time, which goes in steps of a millisecond with uvloop.
+        self._begun_at = time.perf_counter()
         self.outcomes = bytearray([PENDING]) * len(keys)
         self.runs: list[Run] = []
         self.run_of_block = [-1] * len(keys)
@@ -78,6 +91,18 @@ class Job:
         if str(error) not in map(str, self.errors):
             self.errors.append(error)
 
+    def time_out(self) -> None:
+        """The deadline is here: nothing more is waited for."""
+        raise NotImplementedError
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing more is waited for, because of this; harmless when the job has ended."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """The caller does not want it any more."""
+        self.give_up(KVStoreError("cancelled by the caller"))
+
     def pending(self) -> list[int]:
         """Indices of the blocks without an outcome."""
         return [index for index, outcome in enumerate(self.outcomes) if outcome == PENDING]
@@ -100,10 +125,14 @@ class Job:
         self._borrower_count -= 1
         self._maybe_quiet()
 
-    def _stop_runs(self) -> None:
+    def _stop(self, timed_out: bool) -> float:
+        """End the runs under way; seconds since the call."""
+        self.ended = True
+        self.timed_out = timed_out
         stops, self._stops = self._stops, {}
         for stop in stops.values():
             stop()
+        return time.perf_counter() - self._begun_at
 
     def _maybe_quiet(self) -> None:
         if self.ended and self._borrower_count == 0 and not self.handle.quiet.done():
@@ -121,14 +150,15 @@ class FetchJob(Job):
     def __init__(
         self,
         namespace: Namespace,
-        keys: Sequence[bytes],
+        chain: Chain,
         memory: Sequence[BlockMemory],
         layers: range,
         group_layers: int,
-        started_at: float,
-        deadline_at: float,
+        now: float,
+        deadline_s: float,
     ) -> None:
-        super().__init__(namespace, keys, started_at, deadline_at)
+        super().__init__(namespace, chain, now, deadline_s)
+        keys = self.keys
         self.memory = memory
         self.layers = layers
         self.group_layers = group_layers
@@ -177,21 +207,24 @@ class FetchJob(Job):
             self._waiting[group] -= 1
         self._publish()
 
-    def fail_all(self) -> None:
-        """Everything that is not known yet could not be asked for."""
-        for index in self.pending():
-            self.block_failed(index, FetchOutcome.UNAVAILABLE)
+    def time_out(self) -> None:
+        self._end(FetchOutcome.TIMEOUT)
 
-    def end(self, outcome: FetchOutcome, now: float) -> None:
+    def give_up(self, error: Exception) -> None:
+        if not self.ended:
+            self.add_error(error)
+            self._end(FetchOutcome.UNAVAILABLE)
+
+    def _end(self, outcome: FetchOutcome) -> None:
         """Everything that is not known yet ends with `outcome`; the handle ends."""
         if self.ended:
             return
         if not self.keys:
             self._publish()  # every layer of no block is there
-        self.ended = True
-        self._stop_runs()
+        elapsed_s = self._stop(outcome is FetchOutcome.TIMEOUT)
         for index in self.pending():
             self.block_failed(index, outcome)
+        self.on_end()
         outcomes = [_FETCH_OUTCOMES[number] for number in self.outcomes]
         span = self.pieces(1).span_bytes
         self.handle._publish_outcome(
@@ -201,7 +234,7 @@ class FetchJob(Job):
                 runs=self.runs,
                 run_of_block=self.run_of_block,
                 bytes=outcomes.count(FetchOutcome.HIT) * span,
-                elapsed_s=now - self.started_at,
+                elapsed_s=elapsed_s,
                 errors=self.errors,
             )
         )
@@ -227,12 +260,12 @@ class PutJob(Job):
     def __init__(
         self,
         namespace: Namespace,
-        keys: Sequence[bytes],
+        chain: Chain,
         memory: Sequence[BlockMemory],
-        started_at: float,
-        deadline_at: float,
+        now: float,
+        deadline_s: float,
     ) -> None:
-        super().__init__(namespace, keys, started_at, deadline_at)
+        super().__init__(namespace, chain, now, deadline_s)
         self.memory = memory
         self.handle: PutHandle
 
@@ -244,26 +277,29 @@ class PutJob(Job):
         ):
             self.outcomes[index] = outcome
 
-    def fail_all(self) -> None:
-        """Everything that is not known yet could not be asked for."""
-        for index in self.pending():
-            self.outcomes[index] = PutOutcome.UNAVAILABLE
+    def time_out(self) -> None:
+        self._end(PutOutcome.TIMEOUT)
 
-    def end(self, outcome: PutOutcome, now: float) -> None:
+    def give_up(self, error: Exception) -> None:
+        if not self.ended:
+            self.add_error(error)
+            self._end(PutOutcome.UNAVAILABLE)
+
+    def _end(self, outcome: PutOutcome) -> None:
         """Everything that is not known yet ends with `outcome`; the handle ends."""
         if self.ended:
             return
-        self.ended = True
-        self._stop_runs()
+        elapsed_s = self._stop(outcome is PutOutcome.TIMEOUT)
         for index in self.pending():
             self.outcomes[index] = outcome
+        self.on_end()
         self.handle.outcome.set_result(
             PutResult(
                 outcomes=[_PUT_OUTCOMES[number] for number in self.outcomes],
                 runs=self.runs,
                 run_of_block=self.run_of_block,
                 bytes=self.bytes,
-                elapsed_s=now - self.started_at,
+                elapsed_s=elapsed_s,
                 errors=self.errors,
             )
         )

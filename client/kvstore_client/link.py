@@ -16,21 +16,31 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from kvstore.endpoint import Endpoint
-from kvstore.errors import KVStoreError, RefusedError, TransportError, TransportTimeout
+from kvstore.errors import (
+    KVStoreError,
+    RefusedError,
+    TransportError,
+    TransportTimeout,
+    UnknownNamespace,
+)
 from kvstore.loadreport import LoadReport
 from kvstore.messages import (
     KEYS_PER_REQUEST_MAX,
     Cancel,
     Channel,
+    CorruptReport,
     Fetch,
     Goaway,
     Limits,
     Message,
-    Namespaces,
     OpenNamespace,
     Put,
     Role,
@@ -42,8 +52,8 @@ from kvstore.transfer import FetchTransfer, PutTransfer
 from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
 from kvstore.wire import FrameType
-from kvstore_client.breaker import Backoff, CircuitBreaker
-from kvstore_client.namespaces import Namespace
+from kvstore_client.breaker import Backoff, BreakerState, CircuitBreaker
+from kvstore_client.namespaces import Namespace, WantedNamespaces
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +68,11 @@ CANCEL_GRACE_S = 0.2
 FETCHES_MAX = 128
 # Fewer puts: the checksums of all that are begun at once are made in one turn of the loop.
 PUTS_MAX = 16
+# A key and its framing in the metadata of a request, and all but the keys of most requests.
+KEY_METADATA_BYTES = 68
+FIXED_METADATA_BYTES = 1024
+# A bad disk or memory module damages thousands of blocks: one line in ten seconds says so.
+CORRUPT_LOG_PAUSE_S = 10.0
 
 
 class Channels(NamedTuple):
@@ -68,30 +83,40 @@ class Channels(NamedTuple):
     put: FrameConnection
 
 
+class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What all links of a client have in common.
+
+    Attributes:
+        node_id, session, token: How we introduce ourselves.
+        request_ids: Ids that are unique within the session.
+        timeout_s: For connecting, and for requests without payload.
+        on_report: Called with every load report that comes.
+        draws: Chance, for backoff and ramp-in.
+        counters: Where to count.
+    """
+
+    node_id: str
+    session: bytes
+    token: str
+    request_ids: itertools.count[int]
+    timeout_s: float
+    on_report: Callable[[LoadReport], None]
+    draws: random.Random
+    counters: Counter[str]
+
+
 class PeerLink:
     """Keeps the connections to one peer up, on the loop's thread.
 
     Args:
         endpoint: Where the peer is.
-        node_id, session, token: How we introduce ourselves.
-        request_ids: Ids that are unique within the session.
-        timeout_s: For connecting, and for requests without payload.
 
     Attributes:
         fetch_slots, put_slots: To be held around `fetch` and `put`.
     """
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        endpoint: Endpoint,
-        node_id: str,
-        session: bytes,
-        token: str,
-        request_ids: itertools.count[int],
-        timeout_s: float,
-        on_report: Callable[[LoadReport], None],
-        draws: random.Random,
+        self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint, setup: LinkSetup
     ) -> None:
         self.endpoint = endpoint
         self.welcome: Welcome | None = None
@@ -99,15 +124,15 @@ class PeerLink:
         self.breaker = CircuitBreaker()
         self.last_error: Exception = TransportError(f"{endpoint}: not connected yet")
         self._loop = loop
-        self._node_id = node_id
-        self._session = session
-        self._token = token
-        self._request_ids = request_ids
-        self._timeout_s = timeout_s
-        self._on_report = on_report
-        self._draws = draws
-        self._namespaces: dict[bytes, Namespace] = {}
-        self._refused: dict[bytes, Exception] = {}
+        self._setup = setup
+        self._request_ids = setup.request_ids
+        self._timeout_s = setup.timeout_s
+        self._draws = setup.draws
+        self._counters = setup.counters
+        self._namespaces = WantedNamespaces(str(endpoint))
+        self._was_up = False
+        self._corrupt_count = 0  # that the log has not been told of
+        self._corrupt_logged_at: float | None = None
         self._channels: Channels | None = None
         self.fetch_slots = asyncio.Semaphore(FETCHES_MAX)
         self.put_slots = asyncio.Semaphore(PUTS_MAX)
@@ -115,6 +140,7 @@ class PeerLink:
         self._going_away = False
         self._down = asyncio.Event()
         self._tried = asyncio.Event()
+        self._reopening: set[asyncio.Task[None]] = set()
         self._task = loop.create_task(self._keep_up())
 
     @property
@@ -132,10 +158,16 @@ class PeerLink:
         """What the peer takes at most."""
         return self.welcome.limits if self.welcome else Limits()
 
-    @property
-    def keys_max(self) -> int:
-        """Keys in one request, by the limits of both sides."""
-        return max(1, min(self.limits.keys_per_request, KEYS_PER_REQUEST_MAX))
+    def keys_max(self, each_bytes: int = KEY_METADATA_BYTES, more_bytes: int = 0) -> int:
+        """Keys in one request, by the limits of both sides; at least one.
+
+        Args:
+            each_bytes: Metadata that a key brings along, itself included.
+            more_bytes: Metadata beside the keys, where it is much.
+        """
+        limits = self.limits
+        room = (limits.metadata_bytes - FIXED_METADATA_BYTES - more_bytes) // each_bytes
+        return max(1, min(limits.keys_per_request, KEYS_PER_REQUEST_MAX, room))
 
     async def tried(self) -> None:
         """Wait until the first attempt to connect has succeeded or failed."""
@@ -152,12 +184,14 @@ class PeerLink:
         """Take the connections down at once; requests under way fail."""
         self._closed = True
         self._task.cancel()
+        for task in self._reopening:
+            task.cancel()
         self._take_down(TransportError("the client was closed"))
 
     async def ended(self) -> None:
         """Wait until nothing of a closed link is left on the loop."""
         # Not `await self._task`: that could not tell its cancellation from ours.
-        await asyncio.wait([self._task])
+        await asyncio.wait([self._task, *self._reopening])
 
     # --- requests --------------------------------------------------------------------------
 
@@ -167,13 +201,25 @@ class PeerLink:
         Raises:
             RefusedError: The peer says no (another layout, a limit).
         """
-        self._namespaces[namespace.id] = namespace
+        self._namespaces.add(namespace)
         if self._channels is not None:
-            await self._open_namespace(self._channels.control, namespace)
+            await self._namespaces.open(namespace, partial(self._ask_open, self._channels.control))
 
-    def refusal(self, namespace: Namespace) -> Exception | None:
-        """Why the peer does not serve a namespace; None if it does."""
-        return self._refused.get(namespace.id)
+    def refusal(self, namespace: Namespace) -> RefusedError | None:
+        """Why the peer does not serve a namespace; None if it does. What may have changed
+        since then is asked again in the background."""
+        refusal = self._namespaces.refusal(namespace)
+        if refusal is not None:
+            self._reopen(namespace)
+        return refusal
+
+    def refused(self, error: RefusedError, namespaces: Sequence[Namespace] = ()) -> None:
+        """A request about these namespaces was answered with no. Those that the peer does not
+        have open (their generation was retired) are opened again, for the requests to come."""
+        self.succeeded()  # it answered
+        if isinstance(error, UnknownNamespace):
+            for namespace in namespaces:
+                self._reopen(namespace)
 
     def unavailable(self) -> TransportError:
         """Why nothing can be sent now."""
@@ -184,9 +230,17 @@ class PeerLink:
         return TransportError(f"{self.endpoint} is down: {self.last_error}")
 
     async def call(
-        self, type: FrameType, message: Message, timeout_s: float | None = None
+        self,
+        type: FrameType,
+        message: Message,
+        timeout_s: float | None = None,
+        on_late: Callable[[Reply], None] = lambda reply: None,
     ) -> Message:
         """A request with one reply, on the control connection.
+
+        Args:
+            timeout_s: How long to wait; with 0 or less nothing is sent.
+            on_late: Gets a reply that comes when nobody waits for it any more.
 
         Raises:
             TransportError: The link is down or breaks; TransportTimeout when no reply comes.
@@ -195,24 +249,37 @@ class PeerLink:
         if self._channels is None:
             raise self.unavailable()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return await self._ask(self._channels.control, type, message, limit_s)
+        if limit_s <= 0:
+            raise TransportTimeout(f"{type.name} to {self.peer}: no time is left, not sent")
+        return await self._ask(self._channels.control, type, message, limit_s, on_late)
 
     async def _ask(
-        self, control: FrameConnection, type: FrameType, message: Message, limit_s: float
+        self,
+        control: FrameConnection,
+        type: FrameType,
+        message: Message,
+        limit_s: float,
+        on_late: Callable[[Reply], None] = lambda reply: None,
     ) -> Message:
         waiter: asyncio.Future[Reply] = self._loop.create_future()
 
         def on_reply(reply: Reply) -> None:
-            if not waiter.done():
+            if waiter.done():
+                on_late(reply)
+            else:
                 waiter.set_result(reply)
 
-        request_id = next(self._request_ids)
+        request_id, begun_at = next(self._request_ids), self._loop.time()
         _client(control).call(request_id, type, message, on_reply)
         try:
             async with asyncio.timeout(limit_s):
                 reply = await waiter
-        except TimeoutError:
-            self.failed()
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled():
+                on_late(waiter.result())  # in the same moment
+            if not isinstance(error, TimeoutError):
+                raise
+            self.timed_out(begun_at)
             raise TransportTimeout(
                 f"{type.name} to {self.peer}: no reply in {limit_s:g} s"
             ) from None
@@ -268,21 +335,58 @@ class PeerLink:
 
     def take_report(self, report: LoadReport) -> None:
         """A reply brought a load report along."""
-        self._on_report(report)
+        self._setup.on_report(report)
+
+    def report_corrupt(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
+        """Blocks came from the peer that do not match their checksums: it looks at its own."""
+        self.tell(FrameType.CORRUPT_REPORT, CorruptReport(namespace=namespace.id, keys=list(keys)))
+        self._counters["corrupt_blocks"] += len(keys)
+        self._corrupt_count += len(keys)
+        now, logged_at = self._loop.time(), self._corrupt_logged_at
+        if logged_at is None or now - logged_at >= CORRUPT_LOG_PAUSE_S:
+            logger.warning(
+                "%s served %d corrupt blocks since the last such line, the latest in %r",
+                self.peer,
+                self._corrupt_count,
+                namespace,
+            )
+            self._corrupt_count, self._corrupt_logged_at = 0, now
 
     def succeeded(self) -> None:
         """A request was answered."""
         self.breaker.success(self._loop.time())
 
-    def failed(self) -> None:
-        """A request was not answered."""
-        self.breaker.failure(self._loop.time())
+    def failed(self, begun_at: float | None = None) -> None:
+        """A request was not answered, or a connection broke.
+
+        Args:
+            begun_at: Loop time at which the request was begun; None for what happens now.
+        """
+        was_open = self.breaker.state is BreakerState.OPEN
+        self.breaker.failure(self._loop.time(), self._draws.random(), begun_at)
+        if self.breaker.state is BreakerState.OPEN and not was_open:
+            self._counters["breaker_openings"] += 1
+
+    def timed_out(self, begun_at: float) -> None:
+        """A request was not answered in time. That is a failure of the peer if nothing at all
+        has come since then, on no connection; else it lives and is busy.
+
+        Args:
+            begun_at: Loop time at which the request was begun.
+        """
+        if self._channels is None:
+            return  # its failure was counted when it went down
+        if max(connection.received_at for connection in self._channels) > begun_at:
+            self.succeeded()
+        else:
+            self.failed(begun_at)
 
     # --- keeping up ------------------------------------------------------------------------
 
     async def _keep_up(self) -> None:
         backoff = Backoff()
         while not self._closed:
+            begun_at = self._loop.time()
             try:
                 await self._bring_up()
                 backoff.reset()
@@ -290,7 +394,7 @@ class PeerLink:
                 await self._watch()
             except KVStoreError as error:
                 self.last_error = error
-                self.failed()
+                self.failed(begun_at)
                 if not self._tried.is_set() or not isinstance(error, TransportError):
                     logger.warning("%s: %s", self.endpoint, error)
             except Exception as error:
@@ -306,12 +410,15 @@ class PeerLink:
             for channel in (Channel.CONTROL, Channel.DATA, Channel.DATA):
                 opened.append(await self._open(channel))
             channels = Channels(*opened)
-            await self._open_namespaces(channels.control)
+            await self._namespaces.open_all(partial(self._ask_open, channels.control))
             # From here on nothing waits, so that nothing comes between.
             if any(connection.closed for connection in opened):
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
             self._going_away = False
             self._channels = channels
+            if self._was_up:
+                self._counters["reconnects"] += 1
+            self._was_up = True
             self._subscribe()
         except BaseException as error:
             self._channels = None
@@ -332,7 +439,8 @@ class PeerLink:
             settle(reason)
             self._take_down(reason)
 
-        hello = hello_message(self._node_id, Role.CLIENT, self._session, channel, self._token)
+        setup = self._setup
+        hello = hello_message(setup.node_id, Role.CLIENT, setup.session, channel, setup.token)
         protocol = ClientProtocol(hello, settle, self._goaway)
         connection = FrameConnection(self._loop, stream, protocol, on_closed)
         try:
@@ -348,36 +456,29 @@ class PeerLink:
         self.welcome = result
         return connection
 
-    async def _open_namespaces(self, control: FrameConnection) -> None:
-        """Open all that are wanted, those too that are added meanwhile, before the first
-        request about one of them can be sent."""
-        tried: set[bytes] = set()
-        while wanted := [name for name in self._namespaces.values() if name.id not in tried]:
-            for namespace in wanted:
-                tried.add(namespace.id)
-                try:
-                    await self._open_namespace(control, namespace)
-                except RefusedError as error:
-                    logger.error("%s: %r: %s", self.endpoint, namespace, error)
+    async def _ask_open(self, control: FrameConnection, message: OpenNamespace) -> Message:
+        return await self._ask(control, FrameType.OPEN_NAMESPACE, message, self._timeout_s)
 
-    async def _open_namespace(self, control: FrameConnection, namespace: Namespace) -> None:
-        self._refused.pop(namespace.id, None)
-        message = OpenNamespace(pool=namespace.pool, layout=namespace.layout)
-        try:
-            reply = await self._ask(control, FrameType.OPEN_NAMESPACE, message, self._timeout_s)
-        except RefusedError as error:
-            self._refused[namespace.id] = error
-            raise
-        assert isinstance(reply, Namespaces)
-        if [info.namespace for info in reply.namespaces] != [namespace.id]:
-            refusal = RefusedError(f"{self.peer} computes another namespace id for {namespace!r}")
-            self._refused[namespace.id] = refusal
-            raise refusal
+    def _reopen(self, namespace: Namespace) -> None:
+        if self._channels is None or not self._namespaces.may_reopen(namespace, self._loop.time()):
+            return  # what comes up opens them all
+
+        async def reopen() -> None:
+            try:
+                await self.open_namespace(namespace)
+            except KVStoreError as error:
+                logger.warning("%s: %r is not opened again: %s", self.peer, namespace, error)
+            else:
+                logger.info("%s: opened %r again", self.peer, namespace)
+
+        task = self._loop.create_task(reopen())
+        self._reopening.add(task)
+        task.add_done_callback(self._reopening.discard)
 
     def _subscribe(self) -> None:
         assert self._channels is not None
         _client(self._channels.control).subscribe(
-            next(self._request_ids), Subscribe(), lambda reply: None, self._on_report
+            next(self._request_ids), Subscribe(), lambda reply: None, self._setup.on_report
         )
 
     async def _watch(self) -> None:

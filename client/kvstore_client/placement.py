@@ -12,7 +12,8 @@ of 1/n moves, evenly to the others, and nothing else does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from xxhash import xxh3_64_intdigest
@@ -26,6 +27,25 @@ EXTENT_BLOCKS = 64
 # A reader tries the second owner where the first has nothing or does not answer; a third
 # would cost every miss one more round trip.
 OWNERS_MAX = 2
+
+
+class Chain(NamedTuple):
+    """Keys as a caller passes them: where blocks lie, and which of them a call is about.
+
+    Attributes:
+        keys: Keys of a prefix from its beginning.
+        first: The call is about `keys[first:]`.
+        linked: Whether the keys are a prefix; if not, each is an extent of its own.
+    """
+
+    keys: Sequence[bytes]
+    first: int
+    linked: bool
+
+    @property
+    def wanted(self) -> Sequence[bytes]:
+        """Keys of the blocks that the call is about."""
+        return self.keys[self.first :]
 
 
 class Extent(NamedTuple):
@@ -78,6 +98,14 @@ class Placement:
             owners.append(self._order[index])
         return tuple(owners)
 
+    def extents(self, chain: Chain) -> list[Extent]:
+        """The extents of the blocks that a call is about; they count from the chain's `first`."""
+        keys, first, linked = chain
+        return [
+            Extent(extent.first - first, extent.last - first, extent.owners)
+            for extent in self.split(keys, first, len(keys), linked)
+        ]
+
     def split(
         self, keys: Sequence[bytes], start: int, stop: int, chain: bool = True
     ) -> list[Extent]:
@@ -104,3 +132,26 @@ class Placement:
             Extent(max(start, head), min(stop, head + EXTENT_BLOCKS), self.owners(keys[head]))
             for head in heads
         ]
+
+
+def block_owners(extents: Iterable[Extent]) -> list[tuple[int, ...]]:
+    """The owners of each block, in order."""
+    return [extent.owners for extent in extents for _ in range(extent.first, extent.last)]
+
+
+def by_owner(
+    extents: Iterable[Extent],
+    rank: int,
+    wanted: Callable[[int], bool] = lambda index: True,
+) -> dict[int, list[int]]:
+    """Indices of blocks by the daemon that owns them in this rank, ascending."""
+    owned: defaultdict[int, list[int]] = defaultdict(list)
+    for extent in extents:
+        if rank < len(extent.owners):
+            owned[extent.owners[rank]].extend(filter(wanted, range(extent.first, extent.last)))
+    return {owner: indices for owner, indices in owned.items() if indices}
+
+
+def parts(items: Sequence[int], size_max: int) -> list[Sequence[int]]:
+    """Consecutive parts of at most `size_max` items."""
+    return [items[at : at + size_max] for at in range(0, len(items), size_max)]

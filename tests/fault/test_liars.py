@@ -11,13 +11,13 @@ import pytest
 
 from kvstore.checksum import block_seed, layer_checksums
 from kvstore.errors import (
-    KVStoreError,
     RefusedError,
     RemoteProtocolError,
     TransportError,
 )
 from kvstore.layout import Geometry, namespace_id
 from kvstore.messages import (
+    CorruptReply,
     Data,
     Delete,
     DeleteReply,
@@ -54,7 +54,14 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.engine import content, layout
-from tests.support.peers import Act, ScriptedServer, Talk, acknowledge, scripted, welcome
+from tests.support.peers import (
+    Act,
+    ScriptedServer,
+    Talk,
+    acknowledge,
+    scripted,
+    welcome,
+)
 
 HIT, MISS, CORRUPT, TIMEOUT, UNAVAILABLE = FetchOutcome
 LAYOUT = layout(50, 70)
@@ -300,17 +307,15 @@ def reply(type: FrameType, message: Message) -> Act:
 @pytest.mark.asyncio
 async def test_small_replies_that_cannot_be() -> None:
     script = {
-        FrameType.LOOKUP: reply(FrameType.LOOKUP, LookupReply(bitmap=b"\xff" * 100)),
         FrameType.DELETE: reply(FrameType.DELETE, DeleteReply(deleted=b"\1")),
         FrameType.STATUS: acknowledge,
     }
     async with scripted(script) as server, connected(server.uri) as client:
         namespace = await client.open_namespace("pool", LAYOUT)
-        found = await client.lookup(namespace, KEYS)
-        assert len(found.hits) == 3
-        with pytest.raises(KVStoreError):
+        with pytest.raises(RemoteProtocolError, match="1 answers for 3 items"):
             await client.delete(namespace, KEYS)
-        assert isinstance((await client.status())[server.uri], KVStoreError)
+        await until(lambda: client.cluster._links[0].up)
+        assert isinstance((await client.status())[server.uri], RemoteProtocolError)
 
 
 @pytest.mark.asyncio
@@ -487,6 +492,27 @@ async def test_limits_of_a_server_are_kept() -> None:
         assert await client.delete(namespace, keys) == [True] * 10
         assert max(sizes) == 3
         assert sum(sizes) == 40
+
+
+@pytest.mark.asyncio
+async def test_corrupt_blocks_are_counted_and_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answers = data(b"x" + BYTES[1:], HALF + GOOD[16:32] + HALF), done(b"\0\0\0")
+    script = {
+        FrameType.FETCH: to_fetch(*answers),
+        FrameType.CORRUPT_REPORT: reply(FrameType.CORRUPT_REPORT, CorruptReply(dropped=b"\1\1")),
+    }
+    async with scripted(script) as server, connected(server.uri) as client:
+        namespace = await client.open_namespace("pool", LAYOUT)
+        for _ in range(3):
+            assert (await ask(client, namespace))[0] == [CORRUPT, HIT, CORRUPT]
+        counters = client.counters()
+        assert counters["corrupt_blocks"] == counters["fetch_blocks_corrupt"] == 6
+        assert counters["fetch_blocks_hit"] == 3
+    lines = [record.getMessage() for record in caplog.records if "corrupt" in record.getMessage()]
+    assert len(lines) == 1
+    assert re.search(r"liar served 2 corrupt blocks", lines[0])
 
 
 @pytest.mark.asyncio

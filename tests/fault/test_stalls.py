@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
-from kvstore.errors import TransportError
-from kvstore.messages import Empty, FetchOutcome, PutDone, PutOutcome, Want
+from kvstore.errors import TransportError, TransportTimeout
+from kvstore.messages import Data, Empty, FetchOutcome, PutDone, PutOutcome, Tier, Want
 from kvstore.wire import FrameType, Header
-from kvstore_client import AsyncClient, link
+from kvstore_client import AsyncClient, breaker, link
+from kvstore_client.breaker import BreakerState, CircuitBreaker
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -212,6 +215,97 @@ async def test_a_peer_that_falls_silent_is_left(monkeypatch: pytest.MonkeyPatch)
         assert (await fetch_blocks(client, namespace, keys)).ok
 
 
+# --- busy is not sick ----------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("silent", [False, True])
+async def test_fetches_that_time_out_together_are_one_failure_or_none(silent: bool) -> None:
+    """A daemon that is late for twenty requests at once has been late once; and one that has
+    sent something meanwhile lives."""
+    many = 4 * breaker.FAILURES_MAX
+    begun: list[tuple[Talk, int]] = []
+
+    def on_fetch(talk: Talk, header: Header, metadata: bytes) -> None:
+        begun.append((talk, header.request_id))
+        if len(begun) == many and not silent:
+            talk, request_id = begun[0]
+            message = Data(checksums=bytes(8 * len(LAYERS)))
+            talk.send(FrameType.DATA, request_id, message, bytes(100))
+
+    async with scripted({FrameType.FETCH: on_fetch}) as server, connected(server.uri) as client:
+        namespace = await open_pool(client)
+        handles = [client.fetch(namespace, chain(1), room(1), deadline_s=0.2) for _ in range(many)]
+        for handle in handles:
+            assert (await handle).outcomes == [TIMEOUT]
+            await handle.quiesced()
+        assert len(begun) == many
+        peer = client.cluster._links[0]
+        assert peer.breaker.state is BreakerState.CLOSED
+        assert peer.breaker._failure_count == silent
+        assert client.counters().get("breaker_openings", 0) == 0
+
+
+@pytest.mark.asyncio
+async def test_nothing_is_sent_past_its_deadline() -> None:
+    async with scripted({}) as server, connected(server.uri) as client:
+        namespace = await open_pool(client)
+        for _ in range(2 * breaker.FAILURES_MAX):
+            found = await client.lookup(namespace, chain(3), deadline_s=0)
+            assert found.unreachable == [server.uri]
+            late = client.fetch(namespace, chain(1), room(1), deadline_s=0)
+            assert (await late).outcomes == [TIMEOUT]
+            with pytest.raises(TransportTimeout, match="not sent"):
+                await client.cluster._links[0].call(FrameType.STATUS, Empty(), 0)
+        assert server.count(FrameType.LOOKUP) == server.count(FrameType.FETCH) == 0
+        assert server.count(FrameType.STATUS) == 0
+        assert client.cluster._links[0].breaker._failure_count == 0
+
+
+@pytest.mark.asyncio
+async def test_a_link_that_cannot_be_brought_up_fails_once_an_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The daemon comes back and does not answer: one failure, not also one a namespace."""
+    counted: list[float] = []
+    real = CircuitBreaker.failure
+
+    def failure(self: CircuitBreaker, now: float, *more: Any) -> None:
+        before = self._failed_at
+        real(self, now, *more)
+        if self._failed_at != before:
+            counted.append(now)
+
+    monkeypatch.setattr(CircuitBreaker, "failure", failure)
+    async with scripted({}) as server, connected(server.uri, connect_timeout_s=0.1) as client:
+        await open_pool(client)
+        del server.script[FrameType.OPEN_NAMESPACE]
+        for talk in list(server.talks):
+            talk.close()
+        await until(lambda: server.count(FrameType.OPEN_NAMESPACE) == 3, "a second attempt")
+        assert len(counted) == 2  # the loss, and the first attempt
+
+
+@pytest.mark.asyncio
+async def test_a_pause_is_drawn_and_not_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that lost a daemon together do not come back together."""
+    monkeypatch.setattr(breaker, "DELAY_S_MIN", 1000.0)
+    monkeypatch.setattr(breaker, "DELAY_S_MAX", 1_000_000.0)
+    loop = asyncio.get_running_loop()
+    pauses = []
+    async with scripted({}) as server:
+        for seed in (1, 2):
+            async with connected(server.uri, seed=seed) as client:
+                peer = client.cluster._links[0]
+                for _ in range(breaker.FAILURES_MAX):
+                    peer.failed()
+                assert peer.breaker.retry_at is not None
+                pauses.append(peer.breaker.retry_at - loop.time())
+                assert client.counters()["breaker_openings"] == 1
+    assert abs(pauses[0] - pauses[1]) > 10
+    assert all(900 < pause < 1990 for pause in pauses)
+
+
 # --- a put stalls --------------------------------------------------------------------------
 
 
@@ -271,9 +365,18 @@ async def test_a_server_that_says_done_and_reads_no_more_gives_the_memory_back(
 # --- someone vanishes ----------------------------------------------------------------------
 
 
+def told_of_the_abandoned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """How the lines of the server begin that tell of requests without a client."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "kvstore.serving"]
+    return [line.partition(" ended with")[0] for line in lines if "ended with the conn" in line]
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", ["reset", "close"])
-async def test_a_client_that_vanishes_in_a_put_leaves_no_reservation(how: str) -> None:
+async def test_a_client_that_vanishes_in_a_put_leaves_no_reservation(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     keys = chain(8)
     async with behind_a_proxy() as (node, proxy, client):
         namespace = await open_pool(client, MIB // 2)
@@ -289,11 +392,17 @@ async def test_a_client_that_vanishes_in_a_put_leaves_no_reservation(how: str) -
         assert PutOutcome.UNAVAILABLE in result.outcomes
         proxy.let_go()
         await until(lambda: node.store.index.reserved_count == 0)
+        if how == "reset":  # else it may have told the daemon before
+            assert node.counter("requests_abandoned") == 1
+            assert told_of_the_abandoned(caplog) == ["1 requests under way"]
 
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("how", ["reset", "close"])
-async def test_a_client_that_vanishes_in_a_fetch_leaves_no_pin(how: str) -> None:
+async def test_a_client_that_vanishes_in_a_fetch_leaves_no_pin(
+    how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     keys = chain(16)
     async with behind_a_proxy() as (node, proxy, client):
         namespace = await open_pool(client, MIB)
@@ -312,6 +421,9 @@ async def test_a_client_that_vanishes_in_a_fetch_leaves_no_pin(how: str) -> None
         check_hits(result, keys, into)
         assert result.outcomes == [HIT] + [UNAVAILABLE] * 15
         await until(lambda: not any(node.store.index.pins[1:]))
+        if how == "reset":  # else it may have told the daemon before
+            assert node.counter("requests_abandoned") == 1
+            assert told_of_the_abandoned(caplog) == ["1 requests under way"]
         proxy.let_go()
 
 
@@ -333,6 +445,8 @@ async def test_a_server_that_vanishes_is_an_error_in_the_result_and_no_exception
         assert result.outcomes[2:] == [UNAVAILABLE] * 4
         assert all(isinstance(error, TransportError) for error in result.errors)
         assert result.errors
+        # Where a block was found its peer says in its last word, which never came.
+        assert result.tiers == [Tier.NONE] * 6
         clean = stain(into)
         await nodes[0].start()
         await until(lambda: client.cluster._links[0].up)

@@ -211,12 +211,19 @@ async def test_the_first_bytes_under_a_key_stay() -> None:
 
 @pytest.mark.asyncio
 async def test_an_arena_that_is_leased_is_full_until_the_lease_ends() -> None:
-    async with serve(1, arena_bytes=4 * BLOCK_BYTES) as nodes, connected(nodes) as client:
+    async with (
+        serve(1, arena_bytes=4 * BLOCK_BYTES) as nodes,
+        connected(nodes) as client,
+        connected(nodes) as other,
+    ):
         namespace = await open_pool(client)
         old, new = chain(4), chain(2, start=100)
         await store_blocks(client, namespace, old)
+        # One session may lease half of it.
         found = await client.lookup(namespace, old, lease_s=10)
-        assert found.prefix == 4
+        assert (found.prefix, found.leases) == (4, [])
+        assert (await client.lookup(namespace, old[:2], lease_s=10)).leases
+        assert (await other.lookup(await open_pool(other), old[2:], lease_s=10)).leases
         refused = await client.put(namespace, new, contents(new))
         assert (refused.outcomes, refused.bytes) == ([FULL, FULL], 0)
         assert not refused.ok
@@ -424,3 +431,65 @@ async def test_two_clients_share_what_is_stored_and_layouts_do_not() -> None:
         elsewhere = await open_pool(other, dtype="float16")
         assert (await fetch_blocks(other, elsewhere, keys)).outcomes == [MISS] * 4
         assert (await other.lookup(elsewhere, keys)).prefix == 0
+
+
+@pytest.mark.asyncio
+async def test_a_client_counts_what_became_of_its_blocks() -> None:
+    keys = chain(4)
+    async with serve(1) as nodes, connected(nodes) as client:
+        namespace = await open_pool(client)
+        assert client.counters() == {}
+        await store_blocks(client, namespace, keys[:3])
+        await client.put(namespace, keys[:2], contents(keys[:2]))
+        await client.put(namespace, keys[:1], contents(keys[:1], version=1))
+        nodes[0].damage(namespace, keys[1])
+        into = room(4)
+        result = await client.fetch(namespace, keys, into)
+        assert result.hit_count == 2
+        await client.lookup(namespace, keys)
+        late = client.fetch(namespace, keys, into, deadline_s=0)
+        await late
+        assert client.counters() == {
+            "put_requests": 3,
+            "put_blocks_stored": 3,
+            "put_blocks_exists": 2,
+            "put_blocks_conflict": 1,
+            "put_bytes_direct": 3 * BLOCK_BYTES,
+            "fetch_requests": 2,
+            "fetch_blocks_hit": 2,
+            "fetch_blocks_miss": 1,
+            "fetch_blocks_corrupt": 1,
+            "fetch_blocks_timeout": 4,
+            "fetch_bytes_direct": 3 * BLOCK_BYTES,
+            "corrupt_blocks": 1,
+            "lookup_requests": 1,
+            "lookup_keys": 4,
+            "lookup_hits": 2,  # the daemon was told of the bad one, and has dropped it
+        }
+
+
+@pytest.mark.asyncio
+async def test_who_gave_up_is_named() -> None:
+    keys = chain(2)
+    async with serve(1) as nodes:
+        async with connected(nodes) as client:
+            namespace = await open_pool(client)
+            await store_blocks(client, namespace, keys)
+            nodes[0].gate.chunks_left = 0
+            cancelled = client.fetch(namespace, keys, room(2))
+            cancelled.cancel()
+            cancelled.cancel()
+            result = await cancelled
+            assert [str(error) for error in result.errors] == ["cancelled by the caller"]
+            put = client.put(namespace, chain(2, 7), contents(chain(2, 7)))
+            put.cancel()
+            assert [str(error) for error in (await put).errors] == ["cancelled by the caller"]
+            left = client.fetch(namespace, keys, room(2))
+            ended = client.fetch(namespace, [], [])
+            ended.cancel()
+            assert (await ended).errors == []
+        after = client.fetch(namespace, keys, room(2))
+        for handle in (left, after):
+            result = await handle
+            assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 2
+            assert [str(error) for error in result.errors] == ["the client was closed"]

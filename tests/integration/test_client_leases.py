@@ -6,7 +6,8 @@ import pytest
 
 from kvstore.layout import namespace_id
 from kvstore.messages import PutOutcome
-from kvstore_client import Namespace
+from kvstore_client import Namespace, UnknownNamespace
+from kvstore_daemon.engine.leases import LEASES_PER_OWNER_MAX
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -48,26 +49,30 @@ async def test_a_rank_that_nobody_opened_has_nothing() -> None:
         other = Namespace("pool", layout(*LAYERS, tp_rank=1, tp_size=2))
         found = await client.lookup([namespace, other], keys)
         assert (found.prefix, found.hits) == (0, [False] * 3)
+        assert found.unreachable == []
+        assert isinstance(found.refused[nodes[0].uri], UnknownNamespace)
         assert (await client.lookup(namespace, keys)).prefix == 3
 
 
 @pytest.mark.asyncio
 async def test_leases_keep_blocks_until_they_are_given_back() -> None:
-    async with serve(3, arena_bytes=80 * BLOCK_BYTES) as nodes, connected(nodes) as client:
+    # One session may lease half of an arena.
+    async with serve(3, arena_bytes=130 * BLOCK_BYTES) as nodes, connected(nodes) as client:
         namespace = await open_pool(client)
         keys = chain_with_owners(uris(nodes), [(0,), (1,)])[:70]
         await store_blocks(client, namespace, keys)
         found = await client.lookup(namespace, keys, lease_s=10)
-        assert found.prefix == 70
+        assert found.prefix == found.leased == 70
         assert len(found.leases) == 2
+        assert [lease.duration_s for lease in found.leases] == [10.0, 10.0]
         assert sum(node.store.leases.block_count for node in nodes) == 70
-        flood = chain(400, start=1000)
+        flood = chain(700, start=1000)
         await client.put(namespace, flood, contents(flood), chain=False)
         assert (await client.lookup(namespace, keys)).prefix == 70
         assert await client.release(found.leases) == 2
         assert await client.release(found.leases) == 0
         assert sum(node.store.leases.block_count for node in nodes) == 0
-        flood = chain(400, start=2000)
+        flood = chain(700, start=2000)
         await client.put(namespace, flood, contents(flood), chain=False)
         assert (await client.lookup(namespace, keys)).hits.count(True) < 70
 
@@ -87,12 +92,33 @@ async def test_only_the_leading_run_is_leased() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_lease_ends_by_itself() -> None:
-    keys = chain(4)
-    async with serve(1, arena_bytes=4 * BLOCK_BYTES) as nodes, connected(nodes) as client:
+@pytest.mark.slow
+async def test_a_lease_for_which_there_is_no_room_is_told_from_one_that_holds() -> None:
+    keys = chain(6)
+    async with serve(1) as nodes, connected(nodes) as client:
         namespace = await open_pool(client)
         await store_blocks(client, namespace, keys)
-        found = await client.lookup(namespace, keys, lease_s=2.5)
+        for _ in range(LEASES_PER_OWNER_MAX + 1):
+            found = await client.lookup(namespace, keys, lease_s=60)
+            assert found.prefix == 6
+            if not found.leases:
+                break
+            assert found.leased == 6
+        assert (found.leased, found.leases) == (0, [])
+
+
+@pytest.mark.asyncio
+async def test_a_lease_ends_by_itself() -> None:
+    keys = chain(4)
+    async with (
+        serve(1, arena_bytes=4 * BLOCK_BYTES) as nodes,
+        connected(nodes) as client,
+        connected(nodes) as other,  # one session may lease half of it
+    ):
+        namespace = await open_pool(client)
+        await store_blocks(client, namespace, keys)
+        found = await client.lookup(namespace, keys[:2], lease_s=2.5)
+        assert (await other.lookup(await open_pool(other), keys, first=2, lease_s=2.5)).leased == 2
         new = chain(1, start=9)
         nodes[0].now += 2.499
         assert (await client.put(namespace, new, contents(new))).outcomes == [PutOutcome.FULL]

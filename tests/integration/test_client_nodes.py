@@ -9,9 +9,15 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from kvstore.errors import KVStoreError, LayoutMismatch, RefusedError, TransportError
+from kvstore.errors import (
+    KVStoreError,
+    LayoutMismatch,
+    LocalProtocolError,
+    RefusedError,
+    TransportError,
+)
 from kvstore.layout import generation_id
-from kvstore.messages import FetchOutcome, Pool, PoolAction, PutOutcome
+from kvstore.messages import FetchOutcome, Pool, PoolAction, PoolInfo, PutOutcome
 from kvstore_client import AsyncClient, Namespace
 from tests.support.cluster import (
     LAYERS,
@@ -74,6 +80,7 @@ async def test_a_node_that_is_dead_at_the_start_comes_later() -> None:
         with pytest.raises(TransportError):
             await client.delete(namespace, keys)
         assert isinstance((await client.status())[nodes[0].uri], TransportError)
+        assert client.reports() == {nodes[0].uri: None}
         assert await client.release([]) == 0
         await nodes[0].start()
         await comes_back(client, namespace, keys)
@@ -106,6 +113,8 @@ async def test_a_restarted_node_is_found_again_with_its_namespaces() -> None:
         assert not isinstance(status, Exception)
         assert report is not None
         assert report.boot_id == status.report.boot_id == nodes[0].server.boot_id
+        assert client.reports() == {nodes[0].uri: report}
+        assert client.counters()["reconnects"] == 1
         # Nobody had opened them in this life but the client by itself.
         for namespace in (first, second):
             assert (await fetch_blocks(client, namespace, keys)).outcomes == [MISS] * 3
@@ -183,7 +192,8 @@ async def test_a_pinned_pool_names_what_differs(fields: dict[str, object], field
 
 
 @pytest.mark.asyncio
-async def test_a_pool_that_was_retired_must_be_opened_again() -> None:
+@pytest.mark.parametrize("found_out_by", ["fetch", "put", "lookup"])
+async def test_a_generation_that_was_retired_is_opened_again_by_itself(found_out_by: str) -> None:
     keys = chain(2)
     async with serve(1) as nodes, connected(nodes) as client:
         namespace = await open_pool(client)
@@ -192,11 +202,74 @@ async def test_a_pool_that_was_retired_must_be_opened_again() -> None:
             Pool(action=PoolAction.RETIRE, pool="pool",
                  generation=generation_id("pool", layout(*LAYERS)))
         )  # fmt: skip
-        result = await fetch_blocks(client, namespace, keys)
-        assert result.outcomes == [UNAVAILABLE] * 2
-        assert "not open" in str(result.errors[0])
-        await open_pool(client)
+        if found_out_by == "fetch":
+            result = await fetch_blocks(client, namespace, keys)
+            assert result.outcomes == [UNAVAILABLE] * 2
+            assert "not open" in str(result.errors[0])
+        elif found_out_by == "put":
+            put = await client.put(namespace, keys, contents(keys))
+            assert put.outcomes == [PutOutcome.UNAVAILABLE] * 2
+        else:
+            found = await client.lookup(namespace, keys)
+            assert (found.prefix, list(found.refused)) == (0, [nodes[0].uri])
+        await until(lambda: nodes[0].source.namespaces("pool"), "it is open again")
+        await until(lambda: client.cluster._links[0].refusal(namespace) is None)
         assert (await fetch_blocks(client, namespace, keys)).outcomes == [MISS] * 2
+        await store_blocks(client, namespace, keys)
+
+
+def info(pools: list[PoolInfo] | KVStoreError) -> PoolInfo:
+    """The only pool of an answer."""
+    assert not isinstance(pools, KVStoreError), pools
+    return pools[0]
+
+
+@pytest.mark.asyncio
+async def test_pools_are_administered_at_all_daemons() -> None:
+    async with serve(2) as nodes, connected(nodes) as client:
+        namespace, other = await open_pool(client), await open_pool(client, 64)
+        ends = uris(nodes)
+        assert list(await client.pools()) == ends
+        for pool in (await client.pools("pool")).values():
+            generations = [generation.generation for generation in info(pool).generations]
+            assert generations == [namespace.generation, other.generation]
+        assert await client.pools("nobodys") == {end: [] for end in ends}
+        bounded = await client.set_pool_capacity("pool", 8192)
+        assert [info(pool).capacity_bytes for pool in bounded.values()] == [8192] * 2
+        pinned = await client.pin_pool("pool", namespace.generation)
+        assert [info(pool).pinned for pool in pinned.values()] == [namespace.generation] * 2
+        with pytest.raises(LayoutMismatch, match="layer_bytes"):
+            await open_pool(client, 128)
+        # Pinned, it cannot be retired: each daemon says so by itself.
+        refusals = await client.retire_generation("pool", namespace.generation)
+        assert [type(refusal) for refusal in refusals.values()] == [RefusedError] * 2
+        assert {info(pool).pinned for pool in (await client.unpin_pool("pool")).values()} == {b""}
+        for pool in (await client.retire_generation("pool", other.generation)).values():
+            assert [g.generation for g in info(pool).generations] == [namespace.generation]
+        # One that is down is named, and the others do it.
+        await nodes[0].kill()
+        await until(lambda: not is_up(client))
+        answers = await client.set_pool_capacity("pool", 0)
+        assert isinstance(answers[ends[0]], TransportError)
+        assert info(answers[ends[1]]).capacity_bytes == 0
+
+
+@pytest.mark.asyncio
+async def test_what_no_pool_can_be_is_not_asked_for() -> None:
+    async with serve(1) as nodes, connected(nodes) as client:
+        namespace = await open_pool(client)
+        for call, text in (
+            (client.pools("a b"), "pool 'a b'"),
+            (client.unpin_pool(""), "pool ''"),
+            (client.pin_pool("pool", b"short"), "generation=b'short'"),
+            (client.retire_generation("pool", "0" * 32), "generation="),  # type: ignore[arg-type]
+            (client.set_pool_capacity("pool", -1), "capacity_bytes=-1"),
+            (client.set_pool_capacity("pool", 1 << 63), "capacity_bytes=9"),
+        ):
+            with pytest.raises(LocalProtocolError, match=text):
+                await call
+        assert nodes[0].counter("requests_pool") == 0
+        assert (await client.lookup(namespace, chain(1))).prefix == 0
 
 
 # --- many nodes ----------------------------------------------------------------------------

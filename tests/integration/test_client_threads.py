@@ -11,10 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.errors import KVStoreError, LayoutMismatch, LocalProtocolError
+from kvstore.errors import (
+    KVStoreError,
+    LayoutMismatch,
+    LocalProtocolError,
+    TransportTimeout,
+)
 from kvstore.layout import generation_id
 from kvstore.messages import FetchOutcome, Pool, PoolAction, PutOutcome
-from kvstore_client import Client, Namespace
+from kvstore_client import Client, FetchHandle, Namespace
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -113,6 +118,55 @@ async def test_a_cancelled_fetch_ends_at_once_and_frees_its_memory() -> None:
         await in_thread(nodes, work)
 
 
+def test_a_wait_for_memory_has_an_end_where_one_is_asked_for() -> None:
+    handle = FetchHandle(5.0, lambda: None, 1)
+    with pytest.raises(TransportTimeout, match="still in use"):
+        handle.wait_quiet(0)
+    handle.quiet.set_result(None)
+    handle.wait_quiet(0)
+    handle.wait_quiet()
+
+
+@pytest.mark.asyncio
+async def test_short_times_are_told_too() -> None:
+    """The loop's own clock goes in steps of a millisecond."""
+
+    def work(client: Client, namespace: Namespace) -> None:
+        for _ in range(20):
+            result = client.fetch(namespace, chain(1), room(1)).result()
+            assert result.elapsed_s > 0
+            assert result.runs[0].elapsed_us > 0
+
+    async with serve(1) as nodes:
+        await in_thread(nodes, work)
+
+
+@pytest.mark.asyncio
+async def test_pools_and_counters_are_at_hand_in_threads() -> None:
+    def work(client: Client, namespace: Namespace) -> None:
+        generation = namespace.generation
+        client.put(namespace, chain(2), contents(chain(2))).result()
+        for answers in (
+            client.pools(),
+            client.pin_pool("pool", generation),
+            client.unpin_pool("pool"),
+            client.set_pool_capacity("pool", 1 << 20),
+        ):
+            assert list(answers) == client.endpoints
+            for pools in answers.values():
+                assert not isinstance(pools, KVStoreError)
+                assert [pool.pool for pool in pools] == ["pool"]
+        for pools in client.retire_generation("pool", generation).values():
+            assert not isinstance(pools, KVStoreError)
+            assert pools[0].generations == ()
+        assert client.counters()["put_blocks_stored"] == 2
+        assert list(client.reports()) == client.endpoints
+        assert any(client.reports().values())
+
+    async with serve(2) as nodes:
+        await in_thread(nodes, work)
+
+
 @pytest.mark.asyncio
 async def test_a_deadline_ends_a_fetch() -> None:
     keys = chain(4)
@@ -164,6 +218,7 @@ def test_a_client_that_does_not_run_says_so() -> None:
         lambda: client.lookup(namespace, chain(1)),
         lambda: client.open_namespace("pool", layout(*LAYERS)),
         client.status,
+        client.pools,
     ]
     for when in ("before", "after"):
         for call in calls:

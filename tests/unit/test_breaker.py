@@ -54,6 +54,26 @@ def test_closed_lets_everything_pass() -> None:
     assert breaker.allow(0.0, 0.999999)
 
 
+def test_requests_that_fail_together_are_one_failure() -> None:
+    breaker = CircuitBreaker()
+    for begun in range(40):
+        breaker.failure(100.0, begun_at=begun / 10)
+    assert breaker.state is CLOSED
+    for moment in range(1, FAILURES_MAX):
+        assert breaker.state is CLOSED
+        breaker.failure(100.0 + 2 * moment, begun_at=99.0 + 2 * moment)
+        breaker.failure(100.5 + 2 * moment, begun_at=99.9 + 2 * moment)  # nothing new
+    assert breaker.state is OPEN
+
+
+def test_what_was_begun_before_the_breaker_opened_does_not_fail_its_probe() -> None:
+    breaker, now = probing()
+    breaker.failure(now + 1, begun_at=-1.0)
+    assert breaker.state is HALF_OPEN
+    breaker.failure(now + 1, begun_at=now)
+    assert breaker.state is OPEN
+
+
 def test_opens_after_failures_in_a_row_and_not_before() -> None:
     breaker = CircuitBreaker()
     for _ in range(FAILURES_MAX - 1):

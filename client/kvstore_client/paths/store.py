@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from kvstore.errors import RefusedError
-from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
+from kvstore.messages import AckLevel, Put, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
-from kvstore_client.handles import Run
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
+from kvstore_client.paths.exchange import Exchange
 
 
 class StorePath:
@@ -39,7 +38,7 @@ class StorePath:
             checksums: Of all their layers, as a PUT announces them.
             on_outcome: Called once with the outcome of every block, unless the job ends first.
         """
-        started_at = self._loop.time()
+        exchange = Exchange(self._loop, self.name, link, job, indices)
         done: asyncio.Future[None] = self._loop.create_future()
         idle: asyncio.Future[None] = self._loop.create_future()
         memory = [job.memory[index] for index in indices]
@@ -50,7 +49,7 @@ class StorePath:
             if done.done():
                 return
             done.set_result(None)
-            self._account(link, job, transfer, indices, reply, started_at)
+            exchange.end(reply, transfer.sent_bytes)
             if reply is None:
                 return  # the job has ended and knows best
             transfer.fail_rest(PutOutcome.UNAVAILABLE)
@@ -70,7 +69,7 @@ class StorePath:
             keys=keys,
             checksums=checksums,
             ack=ack,
-            deadline_ms=max(1, int((job.deadline_at - started_at) * 1e3)),
+            deadline_ms=exchange.deadline_ms,
         )
         request_id = link.put(message, transfer, settle)
         job.borrow(transfer, stop)
@@ -89,34 +88,3 @@ class StorePath:
                 job.let_go()
             else:  # this task was cancelled: the memory is free when the link lets go of it
                 transfer.on_idle = job.let_go
-
-    def _account(
-        self,
-        link: PeerLink,
-        job: PutJob,
-        transfer: PutTransfer,
-        indices: Sequence[int],
-        reply: Reply | None,
-        started_at: float,
-    ) -> None:
-        if isinstance(reply, PutDone):
-            link.succeeded()
-            if reply.report is not None:
-                link.take_report(reply.report)
-        elif isinstance(reply, Exception):
-            job.add_error(reply)
-            if isinstance(reply, RefusedError):
-                link.succeeded()  # it answered
-        elif transfer.sent_bytes == 0 and self._loop.time() >= job.deadline_at:
-            link.failed()
-        job.add_run(
-            Run(
-                path=self.name,
-                transport=link.transport,
-                peer=link.peer,
-                block_count=len(indices),
-                bytes=transfer.sent_bytes,
-                elapsed_us=int((self._loop.time() - started_at) * 1e6),
-            ),
-            indices,
-        )
