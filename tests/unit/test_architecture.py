@@ -52,7 +52,6 @@ PURE = {
 }
 
 IMPURE = {
-    "kvstore.allowance",
     "asyncio",
     "concurrent",
     "multiprocessing",
