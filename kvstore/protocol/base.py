@@ -18,15 +18,10 @@ from kvstore.messages import (
 )
 from kvstore.wire import (
     HEADER_BYTES,
-    PAYLOAD_BYTES_MAX,
     FrameType,
     Header,
     encode_header,
 )
-
-# The writer is topped up to this: two frames, so that the socket never runs dry while the
-# next one is made, and little enough that a CANCEL finds most of a fetch unsent.
-FILL_BYTES = PAYLOAD_BYTES_MAX
 
 Reply = msgspec.Struct | Exception
 

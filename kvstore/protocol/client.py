@@ -42,9 +42,10 @@ from kvstore.messages import (
     decode,
     error_to_exception,
 )
-from kvstore.protocol.base import FILL_BYTES, FrameProtocol, Reply
+from kvstore.protocol.base import FrameProtocol, Reply
 from kvstore.transfer import FetchTransfer, PutTransfer
 from kvstore.wire import (
+    PAYLOAD_BYTES_MAX,
     VERSION_MAX,
     VERSION_MIN,
     Flags,
@@ -52,6 +53,9 @@ from kvstore.wire import (
     Header,
 )
 
+# The writer is topped up to this with the payload of puts: two to three frames. With one to
+# two a put of large blocks was a tenth slower; a cancelled one has little more to drain.
+PUT_FILL_BYTES = 2 * PAYLOAD_BYTES_MAX
 # Requests of ours without a reply. Who waits for one gives up at some time, the peer does not;
 # with this many it is no peer to talk to.
 CALLS_MAX = 16_384
@@ -166,7 +170,7 @@ class ClientProtocol(FrameProtocol):
 
     def fill(self) -> None:
         writer, puts = self.writer, self._puts
-        while puts and writer.queued_bytes < FILL_BYTES:
+        while puts and writer.queued_bytes < PUT_FILL_BYTES:
             request_id, transfer = puts[0]
             chunk = transfer.next_chunk()
             if chunk is None:

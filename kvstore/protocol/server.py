@@ -33,7 +33,7 @@ from kvstore.messages import (
     decode,
     exception_to_error,
 )
-from kvstore.protocol.base import FILL_BYTES, FrameProtocol
+from kvstore.protocol.base import FrameProtocol
 from kvstore.wire import (
     METADATA_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
@@ -44,6 +44,9 @@ from kvstore.wire import (
     Header,
 )
 
+# The writer is topped up to this: two frames, so that the socket never runs dry while the
+# next one is made, and little enough that a CANCEL finds most of a fetch unsent.
+FILL_BYTES = PAYLOAD_BYTES_MAX
 # Fetches and puts under way on one connection; an engine batches, it does not flood.
 REQUESTS_PER_CONNECTION_MAX = 256
 # Metadata of the fetches and puts under way on one connection, which stays for as long as

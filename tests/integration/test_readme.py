@@ -25,7 +25,10 @@ def test_the_example_stores_what_it_missed_and_finds_it_again() -> None:
             result = subprocess.run(
                 [sys.executable, "-c", program],
                 cwd=ROOT,
-                env={"PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"},
+                env={
+                    "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}",
+                    "PYTHONDONTWRITEBYTECODE": "1",
+                },
                 capture_output=True,
                 text=True,
                 timeout=60,

@@ -95,7 +95,10 @@ def test_a_block_costs_no_more_than_it_may(blocks: int) -> None:
     """Index, allocator and eviction queues, the remembered evicted blocks among them."""
     result = subprocess.run(
         [sys.executable, "-c", _MEASUREMENT, str(blocks)],
-        env={"PYTHONPATH": ":".join([str(ROOT), str(ROOT / "daemon")])},
+        env={
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         capture_output=True,
         text=True,
         check=True,
