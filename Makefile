@@ -96,6 +96,7 @@ demo: install ## Replay agent sessions against a daemon; picture in .demo/
 	  $(RUN) -m kvstore_bench generate --dataset 64k --sessions 12 --output "$$trace"
 	  echo
 	fi
+	mkdir -p .demo
 	$(RUN) -m kvstore_bench replay "$$trace" --plot .demo/replay.png
 
 clean: ## Remove everything that was made here

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import platform
@@ -14,15 +13,16 @@ import sysconfig
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore_bench.job import OPTIONS, Job
 from kvstore_bench.jobfile import assemble, groups
+from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.progress import ProgressLine, Quiet
 from kvstore_bench.report import as_json, as_text, describe
 from kvstore_bench.runner import JobResult, Watcher, run_jobs
-from kvstore_bench.trials import summarize, summary_text
+from kvstore_bench.trials import summarize, summary_text, unstable
 
 TRIALS_MAX = 1000
 _FORMATS = ("normal", "json", "json+")
@@ -47,6 +47,10 @@ JOBFILE is a path, or the name of a file that came with kvbench (limits.ini, sma
 Options in front of the first --name hold for all jobs and replace what a file says. Jobs run
 at the same time; stonewall makes a job wait for those before it, and begins a group. The
 clones of a job (numjobs) are reported together. Sizes: k = 1024. Times: seconds.
+
+With --trials a job is compared with the first job of ioengine=raw that has the same bs and
+batch; without one it has no ratio. If that raw job itself is more than 10 % off its median in
+some trial, a warning says so: the machine was too busy for its ratios to mean much.
 
 exit status: 0 all jobs ran; 1 a job failed, or read wrong bytes; 2 an option cannot be;
 130 after Ctrl-C, 143 after SIGTERM. No process is left behind.
@@ -81,7 +85,7 @@ def add_run_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParse
     output = parser.add_argument_group("what to run, and where the results go")
     for flag, metavar, default, text in (
         ("--trials", "N", "1", "run all jobs in turn N times; adds medians and ratios (1)"),
-        ("--output", "FILE", "", "write results to a file instead of standard output"),
+        ("--output", "FILE", "", "write results to a file, at the end, instead of standard output"),
         ("--output-format", "|".join(_FORMATS), "normal", "json+ adds all buckets (normal)"),
     ):
         output.add_argument(flag, metavar=metavar, default=default, help=text)
@@ -118,48 +122,61 @@ def flags_with_values(arguments: Sequence[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what the arguments say; the exit status."""
-    try:
-        trials = _trials(args.trials)
-        if args.output_format not in _FORMATS:
-            raise ConfigError(
-                "--output-format", args.output_format, f"must be {' or '.join(_FORMATS)}"
-            )
-        jobs = assemble([_job_file(name) for name in args.files], args.words, args.section)
-        # Opened now, so that a result is not lost after minutes.
-        with _output(args.output) as stream:
-            return _run(jobs, trials, args, stream)
-    except ConfigError as error:
-        print(f"kvbench: error: {error}", file=sys.stderr)
-        return 2
+    """Run what the arguments say; the exit status.
 
-
-def _run(jobs: Sequence[Job], trials: int, args: argparse.Namespace, stream: TextIO) -> int:
-    text = args.output_format == "normal"
-    if text:
-        for number, group in enumerate(groups(jobs)):
-            for job in group:
-                print(describe(job, number), file=stream, flush=True)
+    Raises:
+        ConfigError: An option, or a job file, cannot be.
+        OutputError: The results could not be written.
+    """
+    trials = _trials(args.trials)
+    if args.output_format not in _FORMATS:
+        raise ConfigError("--output-format", args.output_format, f"must be {' or '.join(_FORMATS)}")
+    jobs = assemble([_job_file(name) for name in args.files], args.words, args.section)
+    output = Path(args.output) if args.output else None
+    if output is not None:
+        check_output("--output", output)
+    head = ""
+    if args.output_format == "normal":
+        head = "".join(
+            f"{describe(job, n)}\n" for n, group in enumerate(groups(jobs)) for job in group
+        )
+    if output is None:
+        print(head, end="", flush=True)
     show = args.eta == "always" or (args.eta == "auto" and sys.stderr.isatty())
     watcher = ProgressLine(sys.stderr, trials) if show else Quiet(sys.stderr)
     try:
         results = asyncio.run(_until_signal(jobs, trials, watcher))
     except Interrupted as interrupt:
-        print(f"{os.linesep if show else ''}kvbench: {interrupt}", file=sys.stderr)
+        print(f"{os.linesep if show else ''}kvbench run: {interrupt}", file=sys.stderr)
         return 128 + interrupt.number
-    summary = summarize(results) if trials > 1 else []
-    if text:
-        stream.write("\n" + as_text(results, trials))
-        stream.write("\n" + summary_text(summary) if summary else "")
+    text = _result_text(results, trials, args.output_format)
+    if output is None:
+        print(text, end="")
     else:
-        document = as_json(results, time.time(), machine(), args.output_format == "json+")
-        if summary:
-            document["summary"] = summary
-        stream.write(json.dumps(document, indent=2) + "\n")
-    for result in results:
-        if result.error and not text:
-            print(f"kvbench: {result.job.name}: {result.error}", file=sys.stderr)
+        write_output("--output", output, (head + text).encode())
+    if args.output_format != "normal" or output is not None:
+        _report_on_stderr(results, trials)
     return 1 if any(result.error for result in results) else 0
+
+
+def _result_text(results: Sequence[JobResult], trials: int, kind: str) -> str:
+    summary = summarize(results) if trials > 1 else []
+    if kind == "normal":
+        text = "\n" + as_text(results, trials)
+        return text + ("\n" + summary_text(summary) if summary else "")
+    document = as_json(results, time.time(), machine(), kind == "json+")
+    if summary:
+        document |= {"summary": summary, "warnings": unstable(summary)}
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _report_on_stderr(results: Sequence[JobResult], trials: int) -> None:
+    """What somebody should see who sees no text of the results."""
+    for result in results:
+        if result.error:
+            print(f"kvbench run: {result.job.name}: {result.error}", file=sys.stderr)
+    for warning in unstable(summarize(results)) if trials > 1 else []:
+        print(f"kvbench run: {warning}", file=sys.stderr)
 
 
 class Interrupted(Exception):
@@ -242,12 +259,3 @@ def _job_directories() -> list[Path]:
 def _own_job_files() -> list[str]:
     found = {path.name for directory in _job_directories() for path in directory.glob("*.ini")}
     return sorted(found) or ["not installed"]
-
-
-def _output(path: str) -> contextlib.AbstractContextManager[TextIO]:
-    if not path:
-        return contextlib.nullcontext(sys.stdout)
-    try:
-        return open(path, "w")
-    except OSError as error:
-        raise ConfigError("--output", path, f"cannot be written: {error.strerror}") from error

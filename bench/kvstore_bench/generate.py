@@ -25,10 +25,8 @@ import argparse
 import gzip
 import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import NormalDist
@@ -38,6 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import ConfigError
+from kvstore_bench.outputs import check_output, writing
 
 # A turn has at least this many tokens on average; it bounds the number of turns.
 TURN_TOKENS_MIN = 48
@@ -132,7 +131,9 @@ def _spread(total: int, weights: npt.NDArray[np.float64]) -> Counts:
     edges = np.cumsum(weights) / weights.sum() * (total - len(weights))
     # The last edge is the whole, but for what floating point leaves.
     edges[-1] = total - len(weights)
-    counts: Counts = np.diff(np.round(edges).astype(np.int64), prepend=0) + 1
+    bounds: Counts = np.round(edges).astype(np.int64)
+    counts = bounds + 1
+    counts[1:] -= bounds[:-1]
     return counts
 
 
@@ -171,38 +172,22 @@ def generate(
     """Write `sessions` sessions of dataset `name` to `path`, one a line; packed if it ends so.
 
     Raises:
-        ConfigError: The file cannot be written.
+        OutputError: The file cannot be written.
     """
     rng = np.random.default_rng((seed, 1))
     trajectories = []
-    try:
-        with _replacing(path) as file:
-            drawn = draw_trajectories(DATASETS[name], sessions, seed)
-            for number, trajectory in enumerate(drawn, 1):
-                session = f"{name}-{seed}-{number:04}"
-                record = session_record(session, trajectory, block_tokens, rng)
-                file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
-                trajectories.append(trajectory)
-    except OSError as error:
-        raise ConfigError("--output", path, f"cannot be written: {error.strerror}") from error
+    with ExitStack() as stack:
+        file = stack.enter_context(writing("--output", path))
+        if path.suffix == ".gz":
+            # Without name and time in it, so that equal arguments give equal files.
+            packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+            file = stack.enter_context(cast(BinaryIO, packed))
+        for number, trajectory in enumerate(draw_trajectories(DATASETS[name], sessions, seed), 1):
+            session = f"{name}-{seed}-{number:04}"
+            record = session_record(session, trajectory, block_tokens, rng)
+            file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            trajectories.append(trajectory)
     return trajectories
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all is written."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as raw:
-            if path.suffix == ".gz":
-                # Without name and time in it, so that equal arguments give equal files.
-                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                    yield cast(BinaryIO, packed)
-            else:
-                yield raw
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def measure(trajectories: Iterable[Trajectory]) -> Dataset:
@@ -234,6 +219,9 @@ _EXAMPLES = """\
 examples:
   kvbench generate --dataset 64k --sessions 500 --output agents-64k.json.gz
   kvbench generate --dataset 32k --sessions 20 --seed 7 --output agents.json
+
+exit status: 0 all well; 1 the file could not be written; 2 a wrong option;
+130 interrupted.
 """
 
 
@@ -259,20 +247,20 @@ def add_generate_parser(subparsers: argparse._SubParsersAction[argparse.Argument
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    """`kvbench generate`; returns the exit status."""
-    try:
-        for option in ("sessions", "block_tokens"):
-            value = getattr(args, option)
-            if value < 1:
-                raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
-        if args.seed < 0:
-            raise ConfigError("--seed", args.seed, "must not be negative")
-        trajectories = generate(
-            args.output, args.dataset, args.sessions, args.seed, args.block_tokens
-        )
-    except ConfigError as error:
-        print(f"kvbench generate: error: {error}", file=sys.stderr)
-        return 2
+    """`kvbench generate`; returns the exit status.
+
+    Raises:
+        ConfigError: An option cannot be.
+        OutputError: The file could not be written.
+    """
+    for option in ("sessions", "block_tokens"):
+        value = getattr(args, option)
+        if value < 1:
+            raise ConfigError(f"--{option.replace('_', '-')}", value, "must be at least 1")
+    if args.seed < 0:
+        raise ConfigError("--seed", args.seed, "must not be negative")
+    check_output("--output", args.output)
+    trajectories = generate(args.output, args.dataset, args.sessions, args.seed, args.block_tokens)
     published, measured = DATASETS[args.dataset], measure(trajectories)
     print(f"{args.output}: {args.sessions} sessions, dataset {args.dataset}, seed {args.seed}")
     print(f"  {'tokens, means':<14}{'published':>12}{'this file':>12}")

@@ -7,6 +7,7 @@ their meaning are fio's (fio.readthedocs.io) wherever fio has them; `batch`, `la
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,11 +30,15 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h|d)?")
 _DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
+#: Where an option was given that stood in no file.
+COMMAND_LINE = "command line"
+
+
 class JobError(ConfigError):
     """Raised for an option of a job that cannot be; says where it was given.
 
     Attributes:
-        where: File, line and section, or "command line".
+        where: File, line and section, or `COMMAND_LINE`.
     """
 
     def __init__(self, where: str, option: str, value: object, remedy: str) -> None:
@@ -41,6 +46,8 @@ class JobError(ConfigError):
         self.where = where
 
     def __str__(self) -> str:
+        if self.where == COMMAND_LINE:
+            return f"--{self.option}={self.value}: {self.remedy}"
         return f"{self.where}: {self.option}={self.value}: {self.remedy}"
 
 
@@ -237,7 +244,10 @@ def known(assignment: Assignment) -> Assignment:
     """
     where, option, value = assignment
     if option not in OPTIONS:
-        raise JobError(where, option, value, f"no such option; there are {', '.join(OPTIONS)}")
+        close = difflib.get_close_matches(option, OPTIONS, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        remedy = f"no such option; {meant}there are {', '.join(OPTIONS)}"
+        raise JobError(where, option, value, remedy)
     return assignment
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvstore_bench.job import Assignment, Job, JobError, build_job, known
+from kvstore.errors import ConfigError
+from kvstore_bench.job import COMMAND_LINE, Assignment, Job, JobError, build_job, known
 
 #: The section whose options hold for the sections that follow.
 GLOBAL = "global"
@@ -70,6 +71,7 @@ def assemble(
 
     Raises:
         JobError: Something cannot be, and where.
+        ConfigError: There is no job.
     """
     shared: list[Assignment] = []
     sections: list[Section] = []
@@ -77,9 +79,9 @@ def assemble(
     for option, value in words:
         if option == "name":
             current = []
-            sections.append(Section(value, "command line", current))
+            sections.append(Section(value, COMMAND_LINE, current))
         else:
-            current.append(known(Assignment("command line", option, value)))
+            current.append(known(Assignment(COMMAND_LINE, option, value)))
     named = [Section(name, where, [*shared, *own]) for name, where, own in sections]
     filed = [
         Section(name, where, [*own, *shared])
@@ -93,10 +95,10 @@ def assemble(
         jobs[name] = build_job(name, assignments)
     for name in only:
         if name not in jobs:
-            raise JobError("command line", "section", name, f"there are {', '.join(jobs)}")
+            raise JobError(COMMAND_LINE, "section", name, f"there are {', '.join(jobs)}")
     chosen = [job for job in jobs.values() if not only or job.name in only]
     if not chosen:
-        raise JobError("command line", "jobs", "none", "give a job file, or --name=NAME and more")
+        raise ConfigError("JOBFILE", "none", "give a job file, or --name=NAME and more")
     return chosen
 
 

@@ -27,7 +27,7 @@ class Quiet(Watcher):
 
     def warning(self, text: str) -> None:
         """On a line of its own."""
-        self._stream.write(f"kvbench: {text}\n")
+        self._stream.write(f"kvbench run: {text}\n")
         self._stream.flush()
 
 
@@ -68,7 +68,7 @@ class ProgressLine(Watcher):
 
     def warning(self, text: str) -> None:
         """On a line of its own, above the progress."""
-        self._stream.write(f"{_CLEAR}kvbench: {text}\n")
+        self._stream.write(f"{_CLEAR}kvbench run: {text}\n")
         self._stream.flush()
 
     def going(self) -> None:

@@ -3,7 +3,8 @@
 JSON history (`"kvbench format"`):
 
 1   fio 3's names and units. An I/O of `kv` is a batch of blocks. Ours beside fio's: `trial`,
-    `cpu` and `blocks` in each job; `summary` over several trials.
+    `cpu` and `blocks` in each job, `batch` always among its options; `blocks_iops`, blocks a
+    second, beside `iops`; `summary` and `warnings` over several trials.
 """
 
 from __future__ import annotations
@@ -69,15 +70,16 @@ def _job_json(result: JobResult, bins: bool) -> dict[str, Any]:
         "error_text": result.error,
         "eta": 0,
         "elapsed": round(result.elapsed_s),
-        "job options": {"name": job.name, **dict(job.given)},
+        # Beside what was given `batch`, without which nobody knows what an I/O is.
+        "job options": {"name": job.name, "batch": str(job.batch), **dict(job.given)},
     }
     if found is None:
         return entry
     runtime_ms = round(found.runtime_s * 1000)
     share = 100 / found.clones_s if found.clones_s else 0.0
     entry |= {
-        "read": _direction_json(found.read, runtime_ms, bins),
-        "write": _direction_json(found.write, runtime_ms, bins),
+        "read": _direction_json(found.read, job.bs, runtime_ms, bins),
+        "write": _direction_json(found.write, job.bs, runtime_ms, bins),
         "job_runtime": round(found.clones_s * 1000),
         "usr_cpu": found.user_s * share,
         "sys_cpu": found.system_s * share,
@@ -106,13 +108,16 @@ def _percent(part: float | None, whole: float) -> float | None:
     return None if part is None or not whole else 100 * part / whole
 
 
-def _direction_json(found: MeasuredDirection, runtime_ms: int, bins: bool) -> dict[str, Any]:
+def _direction_json(
+    found: MeasuredDirection, block_bytes: int, runtime_ms: int, bins: bool
+) -> dict[str, Any]:
     return {
         "io_bytes": found.bytes,
         "io_kbytes": found.bytes // 1024,
         "bw_bytes": round(found.bw_bytes),
         "bw": round(found.bw_bytes / 1024),
         "iops": found.iops,
+        "blocks_iops": found.bw_bytes / block_bytes,
         "runtime": runtime_ms if found.ios else 0,
         "total_ios": found.ios,
         "short_ios": found.short_ios,

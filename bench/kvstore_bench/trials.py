@@ -11,27 +11,54 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from kvstore_bench.job import Job
 from kvstore_bench.measured import Measured
 from kvstore_bench.report import bandwidth_text, measured
 from kvstore_bench.runner import JobResult
+
+# A limit that is farther than this from its median in some trial measures what else runs.
+SPREAD_MAX = 0.1
 
 
 def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
     """One entry a job, in the order of their first trial; failed trials are left out.
 
-    `ratio` compares with the first job whose ioengine is raw, and is None without one.
+    `ratio` compares with the first job whose ioengine is raw and whose I/Os are as large, in
+    blocks of the same size; it is None without one.
     """
     by_job: dict[str, dict[int, Measured]] = {}
-    reference = ""
+    jobs: dict[str, Job] = {}
+    limits: dict[tuple[int, int], str] = {}
     for result in results:
-        found = measured(result)
-        of_job = by_job.setdefault(result.job.name, {})
+        job, found = result.job, measured(result)
+        jobs[job.name] = job
+        of_job = by_job.setdefault(job.name, {})
         if found is not None and not result.error:
             of_job[result.trial] = found
-        if result.job.ioengine == "raw" and not reference:
-            reference = result.job.name
-    limit = by_job.get(reference, {})
-    return [_entry(name, found, reference, limit) for name, found in by_job.items()]
+        if job.ioengine == "raw":
+            limits.setdefault((job.bs, job.batch), job.name)
+    entries = []
+    for name, found_by_trial in by_job.items():
+        reference = limits.get((jobs[name].bs, jobs[name].batch), "")
+        entries.append(_entry(name, found_by_trial, reference, by_job.get(reference, {})))
+    return entries
+
+
+def unstable(summary: Sequence[dict[str, Any]]) -> list[str]:
+    """Warnings: jobs that others are compared with, and that differ between trials."""
+    warnings = []
+    for entry in summary:
+        median = entry["bw_bytes"]
+        if entry["jobname"] != entry["reference"] or not median:
+            continue
+        low, high = entry["bw_bytes_min"], entry["bw_bytes_max"]
+        if low < (1 - SPREAD_MAX) * median or high > (1 + SPREAD_MAX) * median:
+            percent = 100 * (high - low) / median
+            warnings.append(
+                f"unstable: {entry['jobname']} differs by {percent:.0f} % between trials;"
+                " close other programs"
+            )
+    return warnings
 
 
 def _entry(
@@ -67,8 +94,9 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 def summary_text(summary: Sequence[dict[str, Any]]) -> str:
     """The summary as a table."""
-    reference = summary[0]["reference"]
-    head = ["job", "trials", "median bandwidth", f"of {reference}" if reference else ""]
+    references = list(dict.fromkeys(e["reference"] for e in summary if e["reference"]))
+    head = ["job", "trials", "median bandwidth"]
+    head.append(f"of {references[0]}" if len(references) == 1 else "ratio" if references else "")
     head += ["[min-max]", "cpu-s/GiB", "client", "server", "us/block"]
     rows = [head]
     for entry in summary:
@@ -79,7 +107,7 @@ def summary_text(summary: Sequence[dict[str, Any]]) -> str:
                 entry["jobname"],
                 str(entry["trials"]),
                 "-" if rate is None else bandwidth_text(rate),
-                _number(entry["ratio"]),
+                _ratio(entry, named=len(references) > 1),
                 "-" if low is None else f"[{low:.2f}-{high:.2f}]",
                 _number(entry["cpu_s_per_gib"], 3),
                 _number(entry["client_s_per_gib"], 3),
@@ -92,7 +120,14 @@ def summary_text(summary: Sequence[dict[str, Any]]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    return "Medians; a ratio is taken within a trial:\n" + "\n".join(f"  {x}" for x in lines) + "\n"
+    lines = ["Medians; a ratio is taken within a trial:", *(f"  {line}" for line in lines)]
+    return "\n".join([*lines, *unstable(summary)]) + "\n"
+
+
+def _ratio(entry: dict[str, Any], named: bool) -> str:
+    if entry["ratio"] is None:
+        return "-"
+    return f"{entry['ratio']:.2f}" + (f" of {entry['reference']}" if named else "")
 
 
 def _number(value: float | None, digits: int = 2) -> str:

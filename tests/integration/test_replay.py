@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -13,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from kvstore_bench.__main__ import main
 from kvstore_bench.daemons import Daemons
 from kvstore_bench.generate import generate
-from kvstore_bench.replay import add_replay_parser
 from kvstore_bench.replay.plan import Scale, make_plan
 from kvstore_bench.replay.player import Played, Player
 from kvstore_bench.trace import load_traces
@@ -25,11 +24,7 @@ MEMORY_BYTES = 64 * 1024 * 1024
 
 
 def replay(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_replay_parser(parser.add_subparsers())
-    args = parser.parse_args(["replay", *arguments])
-    status: int = args.run(args)
-    return status
+    return main(["replay", *arguments])
 
 
 @pytest.fixture
@@ -59,7 +54,7 @@ def chat(tmp_path: Path) -> str:
 def test_agents_find_all_that_was_there_before(
     agents: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures, picture = tmp_path / "out" / "replay.json", tmp_path / "out" / "replay.png"
+    figures, picture = tmp_path / "replay.json", tmp_path / "replay.png"
     options = ["--turns", "40", "--json", str(figures), "--plot", str(picture)]
     assert replay(agents, *options, "--layers", "4") == 0
     report: dict[str, Any] = json.loads(figures.read_bytes())
@@ -108,7 +103,7 @@ def test_running_daemons_and_a_name_for_the_run(agents: str, tmp_path: Path) -> 
     async def run() -> list[dict[str, Any]]:
         reports = []
         async with Daemons(2, MEMORY_BYTES) as daemons:
-            endpoints = [word for uri in daemons.endpoints for word in ("--endpoint", uri)]
+            endpoints = ["--endpoint", ",".join(daemons.endpoints)]
             for number, options in enumerate((["--run-id", "a"], ["--run-id", "a"], [])):
                 figures = tmp_path / f"{number}.json"
                 words = [agents, *endpoints, *options, "--turns", "10", "--json", str(figures)]
@@ -156,6 +151,42 @@ async def test_a_daemon_that_dies_costs_its_blocks_and_the_replay_goes_on(agents
 
 
 @pytest.mark.slow
+def test_the_only_daemon_dies_and_what_was_played_is_reported(
+    agents: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[Daemons] = []
+
+    class Watched(Daemons):
+        async def __aenter__(self) -> Daemons:
+            started.append(self)
+            return await super().__aenter__()
+
+    class Deadly(Player):
+        async def _request(self, *arguments: Any) -> Played:
+            played = await super()._request(*arguments)
+            if played.turn == 3 and started[0].failures() == []:
+                os.kill(started[0].pids[0], signal.SIGKILL)
+            return played
+
+    monkeypatch.setattr("kvstore_bench.replay.command.Daemons", Watched)
+    monkeypatch.setattr("kvstore_bench.replay.command.Player", Deadly)
+    figures = tmp_path / "replay.json"
+    words = ["--turns", "10", "--concurrency", "1", "--sessions", "1", "--json", str(figures)]
+    assert replay(agents, *words) == 1
+    report = json.loads(figures.read_bytes())
+    assert report["requests"] == 10
+    assert report["hit_blocks"] > 0
+    assert report["arena"] is None
+    assert "ended with signal 9" in report["failure"]
+    output = capsys.readouterr()
+    assert "unknown: no daemon answers any more" in output.out
+    assert "kvbench replay: error: kvstored 0 ended with signal 9" in output.err
+
+
+@pytest.mark.slow
 def test_figures_on_standard_output_stand_alone(
     chat: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +222,9 @@ def test_a_daemon_that_does_not_start_is_quoted(
         (["--deadline", "nan"], "--deadline=nan: must be more than 0"),
         (["--plot", "a.bmp"], "--plot=a.bmp: must end in"),
         (["--endpoint", "tcp://127.0.0.1:1", "--memory", "1G"], "--memory=1G: is for the daemon"),
-        (["--endpoint", "gopher://x"], "gopher://x"),
+        (["--endpoint", "gopher://x"], "--endpoint=gopher://x"),
+        (["--json", "/nowhere/a.json"], "--json=/nowhere/a.json: there is no folder /nowhere"),
+        (["--plot", "/nowhere/a.png"], "--plot=/nowhere/a.png: there is no folder /nowhere"),
         (["absent.json"], "trace=absent.json: no such file"),
     ],
 )

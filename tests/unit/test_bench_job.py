@@ -121,9 +121,9 @@ def test_errors_in_files_say_where(text: str, expected: str) -> None:
 
 
 def test_errors_on_the_command_line_say_so() -> None:
-    with pytest.raises(JobError, match="command line: bs=x: "):
+    with pytest.raises(JobError, match=r"^--bs=x: "):
         assemble([], [("name", "a"), ("bs", "x")])
-    with pytest.raises(JobError, match="give a job file, or --name"):
+    with pytest.raises(ConfigError, match="give a job file, or --name"):
         assemble([], [])
 
 

@@ -12,7 +12,7 @@ from kvstore_bench.job import Job
 from kvstore_bench.meter import DirectionTotals, Totals, Usage
 from kvstore_bench.report import as_json, as_text, bandwidth_text, describe, measured
 from kvstore_bench.runner import JobResult
-from kvstore_bench.trials import summarize, summary_text
+from kvstore_bench.trials import summarize, summary_text, unstable
 
 MIB = 1024 * 1024
 GIB = 1024 * MIB
@@ -78,10 +78,11 @@ def test_json_has_fios_names_and_units() -> None:
     assert document["timestamp_ms"] == 1_800_000_000_500
     (job,) = document["jobs"]
     assert (job["jobname"], job["groupid"], job["error"]) == ("kv-read", 0, 0)
-    assert job["job options"] == {"name": "kv-read", "bs": "1m"}
+    assert job["job options"] == {"name": "kv-read", "batch": "16", "bs": "1m"}
     read = job["read"]
     assert (read["io_bytes"], read["total_ios"], read["runtime"]) == (GIB, 64, 1000)
     assert (read["bw_bytes"], read["bw"], read["iops"]) == (GIB, MIB, 64)
+    assert read["blocks_iops"] == 1024
     assert (read["clat_ns"]["min"], read["clat_ns"]["N"]) == (5 * MS, 64)
     assert read["clat_ns"]["percentile"]["50.000000"] == pytest.approx(6 * MS, rel=1 / 128)
     assert job["write"]["total_ios"] == 0
@@ -202,3 +203,21 @@ def test_the_summary_is_a_table() -> None:
     text = summary_text(summarize(trials([100, 50, 100], [80, 45, 90])))
     assert "of raw" in text
     assert "0.90    [0.80-0.90]  0.240" in text
+
+
+def test_a_limit_that_differs_between_trials_is_warned_about() -> None:
+    steady = summarize(trials([100, 95, 105], [80, 20, 90]))
+    assert unstable(steady) == []
+    shaky = summarize(trials([100, 80, 105], [80, 80, 90]))
+    said = "unstable: raw differs by 25 % between trials; close other programs"
+    assert unstable(shaky) == [said]
+    assert said in summary_text(shaky)
+    assert "unstable" not in summary_text(steady)
+
+
+def test_jobs_of_other_sizes_than_the_limit_have_no_ratio() -> None:
+    small = result("small", "kv", 1, [clone(reads=64)])
+    small = msgspec.structs.replace(small, job=msgspec.structs.replace(small.job, bs=4096))
+    *_, ours, entry = summarize([*trials([100], [80]), small])
+    assert (ours["reference"], ours["ratio"]) == ("raw", 0.8)
+    assert (entry["reference"], entry["ratio"]) == ("", None)

@@ -141,7 +141,7 @@ def test_the_progress_line_says_how_far_it_is() -> None:
     shown = stream.getvalue().split("\r\x1b[K")
     assert shown[1:3] == ["[2/5] kv: start", "[2/5] kv: store working set 1MiB/4MiB"]
     assert shown[3].startswith("[2/5] Jobs: 1 (f=1): [m(1)][50.0%][r=")
-    assert shown[4:] == ["kvbench: lost the daemon\n", ""]
+    assert shown[4:] == ["kvbench run: lost the daemon\n", ""]
 
 
 def test_without_a_terminal_only_warnings_are_shown() -> None:
@@ -150,4 +150,4 @@ def test_without_a_terminal_only_warnings_are_shown() -> None:
     quiet.group_begins(1, [Job(name="kv")])
     quiet.report(Job(name="kv"), 0, Progress(1, 1))
     quiet.warning("lost the daemon")
-    assert stream.getvalue() == "kvbench: lost the daemon\n"
+    assert stream.getvalue() == "kvbench run: lost the daemon\n"

@@ -354,8 +354,9 @@ def test_systemd_finds_no_fault_in_the_unit(tmp_path: Path) -> None:
     if systemd_analyze is None:
         pytest.skip("no systemd-analyze here")
     # It also looks whether the command is installed, which is not what is asked.
+    # In quotes, since the path of the interpreter may have spaces.
     unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/usr/local/bin/kvstored", sys.executable))
+    unit.write_text(UNIT.read_text().replace("/usr/local/bin/kvstored", f'"{sys.executable}"'))
     result = subprocess.run(
         [systemd_analyze, "verify", "--man=no", str(unit)],
         capture_output=True,

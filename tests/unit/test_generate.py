@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,10 @@ from statistics import fmean
 
 import pytest
 
+from kvstore_bench.__main__ import main
 from kvstore_bench.generate import (
     DATASETS,
     Dataset,
-    add_generate_parser,
     draw_trajectories,
     generate,
     measure,
@@ -101,13 +100,8 @@ def test_every_number_of_sessions_can_be_drawn(seed: int) -> None:
 
 @pytest.fixture
 def command() -> Callable[..., int]:
-    parser = argparse.ArgumentParser()
-    add_generate_parser(parser.add_subparsers())
-
     def run(*arguments: str) -> int:
-        args = parser.parse_args(["generate", *arguments])
-        status: int = args.run(args)
-        return status
+        return main(["generate", *arguments])
 
     return run
 
@@ -129,7 +123,7 @@ def test_the_command_writes_and_compares(
         (["--sessions", "0"], "--sessions=0: must be at least 1"),
         (["--block-tokens", "-1"], "--block-tokens=-1: must be at least 1"),
         (["--seed", "-1"], "--seed=-1: must not be negative"),
-        (["--output", "/proc/absent/agents.json"], "cannot be written"),
+        (["--output", "/proc/absent/agents.json"], "there is no folder /proc/absent"),
     ],
 )
 def test_wrong_options_are_named(

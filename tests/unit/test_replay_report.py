@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore_bench.replay.picture import check_picture, draw
+from kvstore_bench.replay.picture import check_picture, draw, sparse_from
 from kvstore_bench.replay.plan import Scale, make_plan
 from kvstore_bench.replay.player import Played
 from kvstore_bench.replay.progress import Progress
@@ -187,11 +187,18 @@ def test_progress_on_a_terminal_moves_and_cries_out() -> None:
 @pytest.mark.parametrize("turns", [1, 2, 30, 400])
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
 def test_the_picture_is_drawn(tmp_path: Path, turns: int, suffix: str) -> None:
-    path = tmp_path / "new" / f"replay{suffix}"
+    path = tmp_path / f"replay{suffix}"
     draw(report(played(turns)), by_turn(played(turns), 80), path)
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     assert len(data) > 5000
+
+
+def test_points_that_few_sessions_reach_are_told_apart() -> None:
+    many = [request for _ in range(20) for request in played(3)]
+    assert sparse_from(by_turn([*many, *played(6)])) == 3
+    assert sparse_from(by_turn(many)) == 3
+    assert sparse_from(by_turn(played(6))) == 6
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_before() -> None:

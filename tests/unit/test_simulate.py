@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore_bench.simulate import add_simulate_parser
+from kvstore_bench.__main__ import main
 from kvstore_bench.simulate.command import parse_capacities, parse_policies
 from kvstore_bench.simulate.optimum import run_optimum
 from kvstore_bench.simulate.policies import CHOICES, OPTIMUM, Lru, S3Fifo
@@ -275,11 +274,7 @@ def trace(tmp_path: Path) -> Path:
 
 
 def command(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_simulate_parser(parser.add_subparsers())
-    args = parser.parse_args(["simulate", *map(str, words)])
-    status: int = args.run(args)
-    return status
+    return main(["simulate", *map(str, words)])
 
 
 def test_it_prints_a_table_of_each_hit_rate(
@@ -287,7 +282,7 @@ def test_it_prints_a_table_of_each_hit_rate(
 ) -> None:
     assert command(trace, "--capacity", "0.5,1", "--policies", "lru,optimum") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "5 requests, 15 blocks" in lines[0]
+    assert lines[0].startswith("1 trace, 3 sessions, 5 requests, 15 blocks")
     assert "7 distinct blocks" in lines[1]
     assert lines[3].split() == ["prefix", "hits,", "%", "size", "lru", "optimum"]
     assert lines[5].split() == ["1", "224KiB", "53.3", "53.3"]
@@ -335,7 +330,7 @@ def test_a_missing_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_result_that_cannot_be_written_is_an_error(
     trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(trace, "--capacity=1", "--json", tmp_path / "none" / "f.json") == 1
+    assert command(trace, "--capacity=1", "--json", tmp_path / "none" / "f.json") == 2
     assert "f.json" in capsys.readouterr().err
 
 

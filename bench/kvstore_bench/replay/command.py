@@ -6,15 +6,19 @@ import argparse
 import asyncio
 import secrets
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
+
+from kvstore.endpoint import parse_endpoint
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.loadreport import PUSH_GAP_S
 from kvstore.messages import Status
 from kvstore.units import format_size_bytes, parse_size_bytes
 from kvstore_bench.daemons import Daemons
+from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.replay.picture import POINTS_MAX, check_picture, draw
 from kvstore_bench.replay.plan import Plan, Scale, make_plan
 from kvstore_bench.replay.player import Played, Player
@@ -52,10 +56,10 @@ examples:
   kvbench replay chat.jsonl.gz --sessions 500 --memory 1GiB --plot chat.png
   kvbench replay agents.json --endpoint tcp://127.0.0.1:7450 --json result.json
 
-exit status: 0 all well; 1 wrong blocks, or the daemons failed; 2 a wrong option
-or trace; 130 interrupted.
+exit status: 0 all well; 1 wrong blocks, or the daemons failed (what was replayed
+until then is reported); 2 a wrong option or trace; 130 interrupted.
 """
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED = 1
 
 
 def add_replay_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -92,8 +96,8 @@ def add_replay_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
         "--endpoint",
         action="append",
         default=[],
-        metavar="URI",
-        help="a running daemon; give all of them (default: starts one)",
+        metavar="URI[,URI]",
+        help="running daemons; may be given again (default: starts one)",
     )
     store.add_argument(
         "--memory",
@@ -127,38 +131,14 @@ def add_replay_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
 
 
 def run_replay(args: argparse.Namespace) -> int:
-    """`kvbench replay`; returns the exit status."""
-    try:
-        return _run(args)
-    except ConfigError as error:
-        return _fail(error, EXIT_USAGE)
-    except KVStoreError as error:
-        return _fail(error, EXIT_FAILED)
-    except BaseExceptionGroup as group:
-        # One task's failure ends the others; it comes wrapped.
-        known = group.subgroup(KVStoreError)
-        if known is None:
-            raise
-        return _fail(_first(known), EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("kvbench replay: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    """`kvbench replay`; returns the exit status.
 
-
-def _fail(error: BaseException, status: int) -> int:
-    print(f"kvbench replay: error: {error}", file=sys.stderr)
-    return status
-
-
-def _first(group: BaseExceptionGroup[KVStoreError]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
-def _run(args: argparse.Namespace) -> int:
-    _check(args)
+    Raises:
+        ConfigError: An option, or a trace, cannot be.
+        KVStoreError: The daemons failed before anything was replayed, or a result could not
+            be written.
+    """
+    endpoints = _check(args)
     scale = Scale(
         bytes_per_token=parse_size_bytes(args.bytes_per_token, "--bytes-per-token"),
         layers=args.layers,
@@ -170,23 +150,24 @@ def _run(args: argparse.Namespace) -> int:
     to_stdout = args.json is not None and str(args.json) == "-"
     # With the figures on standard output, what is for people goes to the other one.
     people = sys.stderr if to_stdout else sys.stdout
-    for line in align(_scaling(plan, args, memory_bytes), right=False):
+    for line in align(_scaling(plan, args, endpoints, memory_bytes), right=False):
         print(line, file=people, flush=True)
-    report, played = asyncio.run(_replay(plan, args, memory_bytes))
+    report, played = asyncio.run(_replay(plan, args, endpoints, memory_bytes))
     print(file=people)
     for line in [*align(rows(report), right=False), "", *align(turn_rows(report), right=True)]:
         print(line, file=people)
     if to_stdout:
         sys.stdout.write(to_json(report).decode())
     elif args.json is not None:
-        _write(args.json, to_json(report))
+        write_output("--json", args.json, to_json(report))
     if args.plot is not None:
         draw(report, by_turn(played, POINTS_MAX), args.plot)
         print(f"\n  picture in {args.plot}", file=people)
     return _verdict(report)
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> list[str]:
+    """Refuse what cannot be; the endpoints that were given, one by one."""
     if args.concurrency < 1:
         raise ConfigError("--concurrency", args.concurrency, "must be at least 1")
     if not 0 < args.deadline <= 600:
@@ -197,9 +178,15 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.plot is not None:
         check_picture(args.plot)
+    if args.json is not None and str(args.json) != "-":
+        check_output("--json", args.json)
+    words = [word.strip() for given in args.endpoint for word in given.split(",")]
+    return [str(parse_endpoint(word, "--endpoint")) for word in words]
 
 
-def _scaling(plan: Plan, args: argparse.Namespace, memory_bytes: int) -> list[tuple[str, str]]:
+def _scaling(
+    plan: Plan, args: argparse.Namespace, endpoints: list[str], memory_bytes: int
+) -> list[tuple[str, str]]:
     sizes = ", ".join(
         f"{format_size_bytes(plan.block_bytes(tokens))} ({tokens} tokens)"
         for tokens in plan.block_sizes
@@ -221,8 +208,8 @@ def _scaling(plan: Plan, args: argparse.Namespace, memory_bytes: int) -> list[tu
         ),
         ("blocks", f"{sizes} at {plan.scale.bytes_per_token} bytes a token, {layers}"),
     ]
-    if args.endpoint:
-        table.append(("daemons", ", ".join(args.endpoint)))
+    if endpoints:
+        table.append(("daemons", ", ".join(endpoints)))
     else:
         blocks = sum(plan.distinct_blocks.values())
         room = "" if args.memory else f", room for {blocks:,} distinct blocks"
@@ -231,40 +218,35 @@ def _scaling(plan: Plan, args: argparse.Namespace, memory_bytes: int) -> list[tu
     return table
 
 
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise ConfigError("--json", path, f"cannot be written: {error.strerror}") from error
-
-
 def _verdict(report: Report) -> int:
+    failures = [report.failure] if report.failure else []
     if report.wrong_blocks:
-        return _fail(KVStoreError(f"{report.wrong_blocks:,} wrong blocks"), EXIT_FAILED)
-    return 0
+        failures.append(f"{report.wrong_blocks:,} wrong blocks")
+    for failure in failures:
+        print(f"kvbench replay: error: {failure}", file=sys.stderr)
+    return EXIT_FAILED if failures else 0
 
 
 @asynccontextmanager
-async def _daemons(endpoints: list[str], memory_bytes: int) -> AsyncIterator[list[str]]:
+async def _daemons(
+    endpoints: list[str], memory_bytes: int
+) -> AsyncIterator[tuple[list[str], Callable[[], list[str]]]]:
+    """Endpoints, and what tells how daemons of ours ended that should still run."""
     if endpoints:
-        yield endpoints
+        yield endpoints, list
         return
     async with Daemons(1, memory_bytes) as daemons:
-        yield daemons.endpoints
-        failures = daemons.failures()
-        if failures:
-            raise KVStoreError("; ".join(failures))
+        yield daemons.endpoints, daemons.failures
 
 
 async def _replay(
-    plan: Plan, args: argparse.Namespace, memory_bytes: int
+    plan: Plan, args: argparse.Namespace, endpoints: list[str], memory_bytes: int
 ) -> tuple[Report, list[Played]]:
     clock = asyncio.get_running_loop().time
     played: list[Played] = []
     async with (
-        _daemons(args.endpoint, memory_bytes) as endpoints,
-        AsyncClient(endpoints, deadline_s=args.deadline) as client,
+        _daemons(endpoints, memory_bytes) as (used, failures),
+        AsyncClient(used, deadline_s=args.deadline) as client,
     ):
         before = await _arena(client)
         with Progress(plan.requests) as progress:
@@ -283,28 +265,60 @@ async def _replay(
                 on_played=on_played,
             )
             started_at = clock()
-            await player.play()
+            failure = await _play(player, played)
             elapsed_s = clock() - started_at
-        # What a daemon says of its load may be that much older than the last put.
-        await asyncio.sleep(2 * PUSH_GAP_S)
-        after = await _arena(client)
+        arena, silence = await _arena_after(client, before)
+        failure = "; ".join(failures()) or failure or silence
     report = make_report(
         plan,
         played,
-        endpoints=endpoints,
-        own_daemon=not args.endpoint,
+        endpoints=used,
+        own_daemon=not endpoints,
         concurrency=args.concurrency,
         verified=args.verify,
         elapsed_s=elapsed_s,
         fetching_s=player.fetching.total_s,
         putting_s=player.putting.total_s,
-        arena=Arena(
-            total_bytes=after.total_bytes,
-            used_bytes=after.used_bytes,
-            evicted_blocks=max(0, after.evicted_blocks - before.evicted_blocks),
-        ),
+        arena=arena,
+        failure=failure,
     )
     return report, played
+
+
+async def _play(player: Player, played: Sequence[Played]) -> str:
+    """Play; why it ended early, if it did and there is something to report all the same."""
+    try:
+        await player.play()
+    except KVStoreError as error:
+        return _unless_nothing(error, played)
+    except BaseExceptionGroup as group:
+        # One task's failure ends the others; it comes wrapped.
+        known = group.subgroup(KVStoreError)
+        if known is None:
+            raise
+        first: BaseException = known
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        return _unless_nothing(first, played)
+    return ""
+
+
+def _unless_nothing(error: BaseException, played: Sequence[Played]) -> str:
+    if not played:
+        raise error
+    return str(error)
+
+
+async def _arena_after(client: AsyncClient, before: Arena) -> tuple[Arena | None, str]:
+    """Memory of the daemons after the replay; None and the reason if none of them answers."""
+    # What a daemon says of its load may be that much older than the last put.
+    await asyncio.sleep(2 * PUSH_GAP_S)
+    try:
+        after = await _arena(client)
+    except KVStoreError as error:
+        return None, str(error)
+    evicted = max(0, after.evicted_blocks - before.evicted_blocks)
+    return msgspec.structs.replace(after, evicted_blocks=evicted), ""
 
 
 async def _arena(client: AsyncClient) -> Arena:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
 from kvstore.units import format_size_bytes
+from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.replay.report import Report, Turn
 
 # More points than this cannot be told apart in a panel of this width.
 POINTS_MAX = 80
+# Where less than this share of the sessions is left, a line jumps with each of them.
+SPARSE_SHARE = 0.1
 SUFFIXES = (".png", ".svg", ".pdf")
 # Colours that stay apart for the colour-blind, from: M. Okabe, K. Ito, "Color Universal
 # Design", 2008.
@@ -20,7 +24,7 @@ _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#BBBBBB"
 
 
 def check_picture(path: Path) -> None:
-    """Refuse now what could not be drawn after the replay.
+    """Refuse now what could not be drawn, or written, after the replay.
 
     Raises:
         ConfigError: Says what is missing or allowed.
@@ -29,6 +33,7 @@ def check_picture(path: Path) -> None:
         raise ConfigError("--plot", path, f"must end in {', '.join(SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot", path, "needs matplotlib: pip install 'dualpath-kvstore[bench]'")
+    check_output("--plot", path)
 
 
 def draw(report: Report, curve: Sequence[Turn], path: Path) -> None:
@@ -38,7 +43,7 @@ def draw(report: Report, curve: Sequence[Turn], path: Path) -> None:
         curve: The turns, or groups of them where there are many.
 
     Raises:
-        ConfigError: The file cannot be written.
+        OutputError: The file cannot be written.
     """
     # It takes a second to import, and most commands draw nothing.
     from matplotlib.figure import Figure
@@ -61,11 +66,9 @@ def draw(report: Report, curve: Sequence[Turn], path: Path) -> None:
     lower.set_xlabel(f"turn of the session{together}")
     lower.set_xlim(1, max(2, len(report.turns)))
     lower.set_xticks([1, *(tick for tick in lower.get_xticks() if 1 < tick <= len(report.turns))])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-    except OSError as error:
-        raise ConfigError("--plot", path, f"cannot be written: {error.strerror}") from error
+    data = io.BytesIO()
+    figure.savefig(data, format=path.suffix[1:].lower())
+    write_output("--plot", path, data.getvalue())
 
 
 def _title(report: Report) -> str:
@@ -97,12 +100,13 @@ def _draw_hit_rate(axes: Any, curve: Sequence[Turn]) -> None:
         alpha=0.35,
         label="sessions that get this far, %",
     )
-    axes.plot(
-        [_middle(turn) for turn in curve],
+    _draw_line(
+        axes,
+        curve,
         [100 * turn.hit_rate for turn in curve],
+        sparse_from(curve),
         color=_BLUE,
         label="blocks used from the store, %",
-        **_line(curve),
     )
     axes.set_ylim(0, 103)
     axes.set_ylabel("hit rate, %")
@@ -117,6 +121,8 @@ def _draw_latency(axes: Any, curve: Sequence[Turn]) -> None:
         return
     places = [_middle(turn) for turn in fetched]
     median = [turn.fetch.p50_s * 1e3 for turn in fetched]
+    # The points before the sparse ones, without those at which nothing was fetched.
+    sparse = sum(turn.fetch.count > 0 for turn in curve[: sparse_from(curve)])
     axes.fill_between(
         places,
         median,
@@ -135,12 +141,13 @@ def _draw_latency(axes: Any, curve: Sequence[Turn]) -> None:
         markersize=4,
         label="slowest",
     )
-    axes.plot(
-        places,
+    _draw_line(
+        axes,
+        fetched,
         median,
+        sparse,
         color=_ORANGE,
         label="median time to fetch all hits of a prompt",
-        **_line(fetched),
     )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -153,9 +160,30 @@ def _middle(turn: Turn) -> float:
     return turn.turn + (turn.count - 1) / 2
 
 
-def _line(curve: Sequence[Turn]) -> dict[str, Any]:
-    """Few points are marked; many are a line."""
-    return {"linewidth": 1.8, "marker": "o" if len(curve) <= 40 else "", "markersize": 3.5}
+def sparse_from(curve: Sequence[Turn]) -> int:
+    """Index of the first point that so few sessions reach that it says little; or the end."""
+    sessions = curve[0].requests / curve[0].count
+    for index, turn in enumerate(curve):
+        if turn.requests / turn.count < SPARSE_SHARE * sessions:
+            return index
+    return len(curve)
 
 
-__all__ = ["POINTS_MAX", "SUFFIXES", "check_picture", "draw"]
+def _draw_line(
+    axes: Any, curve: Sequence[Turn], values: Sequence[float], sparse: int, **style: Any
+) -> None:
+    """A line that is thin and faded from point `sparse` on."""
+    places = [_middle(turn) for turn in curve]
+    # Few points are marked; many are a line.
+    marker = "o" if len(curve) <= 40 else ""
+    axes.plot(
+        places[:sparse], values[:sparse], linewidth=1.8, marker=marker, markersize=3.5, **style
+    )
+    # From the last full point, so that there is no gap.
+    first = max(0, sparse - 1)
+    if sparse < len(curve):
+        style["label"] = "_"  # not in the legend
+        axes.plot(places[first:], values[first:], linewidth=0.8, alpha=0.4, zorder=1.5, **style)
+
+
+__all__ = ["POINTS_MAX", "SUFFIXES", "check_picture", "draw", "sparse_from"]

@@ -67,6 +67,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         hit_rate_max: What a store that forgets nothing would reach, in blocks.
         fetching_s, putting_s: Time in which something was being fetched (put).
         wrong_blocks: Said to be hits, and held other bytes; None if they were not compared.
+        arena: None if no daemon answered at the end.
+        failure: Why not all of it could be replayed, or measured; empty if all could.
     """
 
     tool: str
@@ -102,7 +104,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     put_outcomes: dict[str, int]
     lookups_unreachable: int
     errors: dict[str, int]
-    arena: Arena
+    arena: Arena | None
+    failure: str
     turns: list[Turn]
 
 
@@ -117,7 +120,8 @@ def make_report(
     elapsed_s: float,
     fetching_s: float,
     putting_s: float,
-    arena: Arena,
+    arena: Arena | None,
+    failure: str = "",
 ) -> Report:
     """Sum up the requests of a replay."""
     blocks = sum(request.blocks for request in played)
@@ -159,6 +163,7 @@ def make_report(
         lookups_unreachable=sum(request.unreachable for request in played),
         errors=dict(Counter(error for request in played for error in request.errors)),
         arena=arena,
+        failure=failure,
         turns=by_turn(played),
     )
 
@@ -243,7 +248,9 @@ def rows(report: Report) -> list[tuple[str, str]]:
         ("fetch outcomes", _outcomes(report.fetch_outcomes)),
         ("put outcomes", _outcomes(report.put_outcomes)),
     ]
-    if arena.total_bytes:
+    if arena is None:
+        table.append(("arena", "unknown: no daemon answers any more"))
+    elif arena.total_bytes:
         table.append(
             (
                 "arena",

@@ -14,6 +14,7 @@ from typing import TextIO
 
 from kvstore.errors import ConfigError
 from kvstore.units import format_size_bytes, parse_size_bytes
+from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.simulate.optimum import run_optimum
 from kvstore_bench.simulate.policies import CHOICES, OPTIMUM
 from kvstore_bench.simulate.simulation import Tally, run_policy
@@ -23,7 +24,6 @@ from kvstore_bench.trace import load_traces
 # The version of what --json writes.
 # 1  the first
 JSON_VERSION = 1
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 _PROGRESS_INTERVAL_S = 0.1
 
 _DESCRIPTION = """\
@@ -119,18 +119,43 @@ def add_simulate_parser(subparsers: argparse._SubParsersAction[argparse.Argument
 
 
 def run_simulate(args: argparse.Namespace) -> int:
-    """`kvbench simulate`; returns the exit status."""
+    """`kvbench simulate`; returns the exit status.
+
+    Raises:
+        ConfigError: An option, or a trace, cannot be.
+        OutputError: The figures could not be written.
+    """
+    policies = parse_policies(args.policies)
+    to_stdout = args.json is not None and str(args.json) == "-"
+    if args.json is not None and not to_stdout:
+        check_output("--json", args.json)
+    workload = make_workload(
+        load_traces(args.traces),
+        bytes_per_token=parse_size_bytes(args.bytes_per_token, "--bytes-per-token"),
+        stagger_s=args.stagger,
+        session_limit=args.sessions,
+        turn_limit=args.turns,
+    )
+    capacities = parse_capacities(args.capacity, workload)
+    # With the figures on standard output, what is for people goes to the other one.
+    people = sys.stderr if to_stdout else sys.stdout
+    for line in describe(workload, args.stagger):
+        print(line, file=people, flush=True)
+    progress = _ProgressLine(sys.stderr, len(workload.requests))
     try:
-        return _run(args)
-    except ConfigError as error:
-        print(f"kvbench simulate: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except OSError as error:
-        print(f"kvbench simulate: error: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("kvbench simulate: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        results = simulate(workload, policies, capacities, progress.show)
+    finally:
+        progress.clear()
+    for title, rate in (("prefix hits", _prefix), ("block hits", _block)):
+        print(file=people)
+        for text in table(title, results, policies, capacities, rate):
+            print(text, file=people)
+    figures = json.dumps(as_json(workload, args.stagger, results), indent=2) + "\n"
+    if to_stdout:
+        sys.stdout.write(figures)
+    elif args.json is not None:
+        write_output("--json", args.json, figures.encode())
+    return 0
 
 
 def simulate(
@@ -212,43 +237,11 @@ def _share(word: str) -> float | None:
     return share if 0 < share <= 1 else None
 
 
-def _run(args: argparse.Namespace) -> int:
-    policies = parse_policies(args.policies)
-    workload = make_workload(
-        load_traces(args.traces),
-        bytes_per_token=parse_size_bytes(args.bytes_per_token, "--bytes-per-token"),
-        stagger_s=args.stagger,
-        session_limit=args.sessions,
-        turn_limit=args.turns,
-    )
-    capacities = parse_capacities(args.capacity, workload)
-    to_stdout = args.json is not None and str(args.json) == "-"
-    # With the figures on standard output, what is for people goes to the other one.
-    people = sys.stderr if to_stdout else sys.stdout
-    for line in describe(workload, args.stagger):
-        print(line, file=people, flush=True)
-    progress = _ProgressLine(sys.stderr, len(workload.requests))
-    try:
-        results = simulate(workload, policies, capacities, progress.show)
-    finally:
-        progress.clear()
-    for title, rate in (("prefix hits", _prefix), ("block hits", _block)):
-        print(file=people)
-        for text in table(title, results, policies, capacities, rate):
-            print(text, file=people)
-    figures = json.dumps(as_json(workload, args.stagger, results), indent=2) + "\n"
-    if to_stdout:
-        sys.stdout.write(figures)
-    elif args.json is not None:
-        args.json.write_text(figures)
-    return 0
-
-
 def describe(workload: Workload, stagger_s: float) -> list[str]:
     """Lines that say what is played."""
     return [
-        f"{len(workload.traces)} traces, {workload.session_count:,} sessions,"
-        f" {len(workload.requests):,} requests, {workload.block_count:,} blocks;"
+        f"{_count(len(workload.traces), 'trace')}, {_count(workload.session_count, 'session')},"
+        f" {_count(len(workload.requests), 'request')}, {workload.block_count:,} blocks;"
         f" starts {stagger_s:g} s apart",
         f"{workload.distinct_count:,} distinct blocks,"
         f" {format_size_bytes(workload.distinct_bytes)}; a cache that holds all of them has"
@@ -311,6 +304,10 @@ def as_json(workload: Workload, stagger_s: float, results: Sequence[Result]) -> 
             for result in results
         ],
     }
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _prefix(tally: Tally) -> float:
