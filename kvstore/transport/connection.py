@@ -143,7 +143,11 @@ class FrameConnection:
                 requested = reader.requested_bytes
                 self.protocol.receive(count)
                 self.received_at = self._loop.time()
-                if self.closed or self._close_reason is not None or count < requested:
+                if self.closed or self._close_reason is not None:
+                    break
+                # In the middle of a frame more is on its way: asking again costs less than to
+                # be woken again.
+                if count < requested and not reader.mid_frame:
                     break
         except (ProtocolError, RefusedError) as error:
             self._broken(error)
