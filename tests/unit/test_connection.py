@@ -163,13 +163,17 @@ def test_protocol_that_has_more_to_fill_lets_others_have_their_turn(rig: Rig) ->
     assert (rig.talk.fills, rig.waits_for) == (4, (READER, not WRITER))
 
 
-def test_short_receive_ends_the_turn(rig: Rig) -> None:
+def test_short_receive_ends_the_turn_unless_more_of_the_frame_is_due(rig: Rig) -> None:
     rig.arrive(ping(1)[:10])
     rig.arrive(ping(1)[10:20])
-    assert rig.stream.receives == 2
+    assert rig.stream.receives == 4  # asked once more each time, in vain
     for byte in ping(1)[20:]:
         rig.arrive(bytes([byte]))
     assert len(rig.talk.frames) == 1
+    asked = rig.stream.receives
+    rig.arrive(ping(2))
+    assert len(rig.talk.frames) == 2
+    assert rig.stream.receives == asked + 2  # a header, then its metadata and no more
 
 
 def test_false_alarms_are_harmless_and_are_no_sign_of_life(rig: Rig) -> None:
