@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,17 @@ def children(pid: int) -> set[int]:
 
 
 def has_ended(pid: int) -> bool:
-    """Wait for the end of a process that we may wait for (we adopt orphans)."""
-    try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass  # its own parent has seen its end
-    return not Path(f"/proc/{pid}").exists()
+    """Wait for the end of a process (we adopt orphans, but only when their parent is gone)."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            pass  # it has, or had, another parent that is to see its end
+        if not Path(f"/proc/{pid}").exists():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 @pytest.mark.parametrize("engine", ["null", "raw"])
