@@ -13,16 +13,55 @@ more, so that a slow reader holds no more than a connection's window of pinned b
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, TypeAlias, TypeVar
 
+from kvstore.errors import Unsupported
 from kvstore.layout import Layout, PieceMap
-from kvstore.loadreport import BufferLoad, DiskLoad
-from kvstore.messages import AckLevel, FetchOutcome, NamespaceInfo, Pool, PoolInfo, PutOutcome
+from kvstore.loadreport import BufferLoad, DiskLoad, LinkLoad
+from kvstore.messages import (
+    AckLevel,
+    Claim,
+    ClaimReply,
+    Fetch,
+    FetchOutcome,
+    NamespaceInfo,
+    Pool,
+    PoolInfo,
+    Put,
+    PutOutcome,
+)
+
+AnswerT = TypeVar("AnswerT")
+#: An answer, or the promise of one where other nodes have to be asked for it.
+Answer: TypeAlias = AnswerT | Awaitable[AnswerT]
 
 # What travels beside the payload of a chunk must fit into the metadata of its frame (1 MiB), with
 # room for 4,096 indices of failed keys. Layers of a few bytes have more checksums than payload.
 CHECKSUM_BYTES_PER_CHUNK_MAX = 512 * 1024
+
+
+class Asker:
+    """Who asks: one client with all its connections.
+
+    Attributes:
+        node_id: As it introduced itself.
+        local: Whether it is on this host, by the socket that it came over.
+        namespaces: Ids of those that were opened for it.
+    """
+
+    def __init__(self, node_id: str, local: bool = False) -> None:
+        self.node_id = node_id
+        self.local = local
+        self.namespaces: set[bytes] = set()
+
+
+class RelayLoad(NamedTuple):
+    """For the load report of an agent: bytes accepted for other nodes and not yet sent on, and
+    whether more are welcome."""
+
+    queued_bytes: int = 0
+    willing: bool = False
 
 
 class Chunk(NamedTuple):
@@ -142,16 +181,18 @@ class PutStream(abc.ABC):
 class BlockSource(abc.ABC):
     """Answers lookup, fetch and put for keys.
 
-    All methods raise `kvstore.errors.UnknownNamespace` for a namespace that is not open.
+    All methods raise `kvstore.errors.UnknownNamespace` for a namespace that is not open. An
+    `Answer` that is awaited may raise what the method may.
     """
 
     @abc.abstractmethod
-    def open_namespace(self, pool: str, layout: Layout) -> NamespaceInfo:
+    def open_namespace(self, pool: str, layout: Layout, asker: Asker) -> Answer[NamespaceInfo]:
         """Find or open the namespace (and the generation) of a pool and a layout.
 
         Raises:
             LocalProtocolError: The layout or the name of the pool is impossible.
             LayoutMismatch: The pool is pinned to another layout; names the field.
+            PermissionDenied: Whoever asks has no right on the pool.
             LimitExceeded: Too many namespaces.
         """
 
@@ -169,8 +210,8 @@ class BlockSource(abc.ABC):
 
     @abc.abstractmethod
     def lookup(
-        self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: object
-    ) -> tuple[bytes, int]:
+        self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: Asker
+    ) -> Answer[tuple[bytes, int]]:
         """Which keys are stored in all of `namespaces`?
 
         Args:
@@ -182,12 +223,30 @@ class BlockSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def fetch(self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap) -> FetchStream:
-        """Begin to answer a fetch."""
+    def fetch(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        asker: Asker,
+        request: Fetch,
+    ) -> FetchStream:
+        """Begin to answer a fetch.
+
+        Raises:
+            Busy: There is no room for it now.
+            RefusedError: The source does not give out blocks in the way that is asked for.
+        """
 
     @abc.abstractmethod
     def put(
-        self, namespace: bytes, keys: Sequence[bytes], checksums: bytes, ack: AckLevel
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        checksums: bytes,
+        ack: AckLevel,
+        asker: Asker,
+        request: Put,
     ) -> PutStream:
         """Begin to take a put.
 
@@ -197,19 +256,27 @@ class BlockSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
+    def delete(self, namespace: bytes, keys: Sequence[bytes], asker: Asker) -> Answer[bytes]:
         """Remove blocks; one byte a key, 1 if it was there."""
 
     @abc.abstractmethod
-    def release(self, leases: Sequence[int], owner: object) -> list[bool]:
+    def release(self, leases: Sequence[int], owner: Asker) -> Answer[list[bool]]:
         """Give leases back; for each, whether it had held until now."""
+
+    def claim(self, request: Claim, owner: Asker) -> ClaimReply:
+        """An engine takes over what was retained for a request.
+
+        Raises:
+            Unsupported: This is no agent.
+        """
+        raise Unsupported("nothing is retained here: only the agent of a node does that")
 
     @abc.abstractmethod
     def check(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
         """Verify stored blocks now and drop the bad ones; one byte a key, 1 if dropped."""
 
     @abc.abstractmethod
-    def owner_gone(self, owner: object) -> None:
+    def owner_gone(self, owner: Asker) -> None:
         """A session ended: everything that it held is given back."""
 
     @abc.abstractmethod
@@ -219,6 +286,19 @@ class BlockSource(abc.ABC):
     @abc.abstractmethod
     def disk_load(self) -> DiskLoad:
         """For the load report."""
+
+    def links(self) -> tuple[LinkLoad, ...]:
+        """Links beside the listeners, for the load report."""
+        return ()
+
+    def relay_load(self) -> RelayLoad:
+        """For the load report of an agent."""
+        return RelayLoad()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the node serves less than it should, for the load report."""
+        return False
 
     @abc.abstractmethod
     def counters(self) -> dict[str, int]:

@@ -14,6 +14,7 @@
             Unsupported             the peer does not do this
             PermissionDenied        credentials or rights are missing
             Draining                the peer is going away: use another one
+            Busy                    the peer has no room for it now: go the other way
         StoreError
             StoreFull               nothing evictable: go on without caching
             CorruptBlock            checksum mismatch: treat as a miss, count it
@@ -90,6 +91,10 @@ class PermissionDenied(RefusedError):
 
 class Draining(RefusedError):
     """Raised when the peer takes no new requests because it is shutting down."""
+
+
+class Busy(RefusedError):
+    """Raised when the peer has no buffers left, or wants no work for others at present."""
 
 
 class StoreError(KVStoreError):

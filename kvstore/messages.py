@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from kvstore.errors import (
+    Busy,
     Draining,
     LayoutMismatch,
     LimitExceeded,
@@ -44,6 +45,11 @@ DEADLINE_MS_MAX = 600_000
 ARRAY_ITEMS_MAX = KEYS_PER_REQUEST_MAX
 # The encoder allocates this for each message, by itself 256 KiB, and more where it is needed.
 ENCODE_BUFFER_BYTES = 1024
+# Names that engines give their requests: a UUID and some words around it.
+REQUEST_NAME_MAX = 256
+NODE_ID_MAX = 256
+# A host name has at most 253 characters (RFC 1035), the path of a unix socket 107.
+ENDPOINT_MAX = 512
 # Errors quote what a peer sent; the quotation of a megabyte helps nobody.
 ERROR_TEXT_MAX = 1000
 
@@ -52,6 +58,8 @@ NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NA
 Keys = Annotated[list[Key], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
 DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
+RequestName = Annotated[str, Meta(min_length=1, max_length=REQUEST_NAME_MAX)]
+Attempt = Annotated[int, Meta(ge=0, le=(1 << 62))]
 
 
 class FetchOutcome(enum.IntEnum):
@@ -110,6 +118,18 @@ class AckLevel(enum.StrEnum):
     """It is on the device: survives a loss of power."""
 
 
+class FetchSource(enum.StrEnum):
+    """Where the server of a fetch may take blocks from. A daemon has its own store only."""
+
+    ANY = "any"
+    """Whatever is best. At an agent for engines of its own node only: what it holds, the peer
+    that the request names, storage by both paths."""
+    RELAY = "relay"
+    """An agent: what it holds, and storage by its own storage link; never another agent."""
+    PEER = "peer"
+    """An agent: what it holds or is about to hold; never storage."""
+
+
 class Order(enum.StrEnum):
     """Order in which the pieces of a fetch travel."""
 
@@ -162,7 +182,7 @@ class Hello(Message, frozen=True, kw_only=True):
 
     version_min: int
     version_max: int
-    node_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    node_id: Annotated[str, Meta(min_length=1, max_length=NODE_ID_MAX)]
     role: Role
     session: Annotated[bytes, Meta(min_length=16, max_length=16)]
     channel: Channel
@@ -233,11 +253,39 @@ class LookupReply(Message, frozen=True, kw_only=True):
     lease: int = 0
 
 
+class Retain(Message, frozen=True, kw_only=True):
+    """Asks an agent to keep the blocks of a fetch for an engine of its own node.
+
+    Attributes:
+        request: The engine's name of the request that the blocks belong to.
+        attempt: Grows with each attempt at the request: a newer one ends what an older one
+            has retained, and an older one retains nothing any more.
+        lease_ms: How long they are kept for the engine's CLAIM.
+    """
+
+    request: RequestName
+    attempt: Attempt = 0
+    lease_ms: Annotated[int, Meta(ge=1, le=LEASE_MS_MAX)] = 10_000
+
+
 class Fetch(Message, frozen=True, kw_only=True):
     """Asks for layers `[layer_first, layer_last)` of blocks; DATA frames and DONE answer.
 
     `group_layers` cuts the layers into groups for order=layer, 0 with order=block.
     `priority`: lower goes first among the requests of one connection.
+
+    The rest is for agents; daemons ignore it.
+
+    Attributes:
+        source: See `FetchSource`.
+        retain: Keep the blocks for an engine here; with source=any, for peers that pull them.
+        decode_node: Node id of the agent that is the best relay, since its engine needs the
+            bytes too; "" if it is not known.
+        peer: Endpoint of another node's agent that holds, or is about to hold, what is not
+            here; "" for none.
+        wait_ms: How long blocks that are not here yet may still come (source=peer).
+        hops: Nodes that have passed the request on. An agent takes none that has been passed
+            on: one hop only.
     """
 
     namespace: NamespaceId
@@ -247,6 +295,12 @@ class Fetch(Message, frozen=True, kw_only=True):
     group_layers: Annotated[int, Meta(ge=0, le=1024)] = 0
     deadline_ms: DeadlineMs
     priority: Annotated[int, Meta(ge=0, le=255)] = 0
+    source: FetchSource = FetchSource.ANY
+    retain: Retain | None = None
+    decode_node: Annotated[str, Meta(max_length=NODE_ID_MAX)] = ""
+    peer: Annotated[str, Meta(max_length=ENDPOINT_MAX)] = ""
+    wait_ms: DeadlineMs = 0
+    hops: Annotated[int, Meta(ge=0, le=255)] = 0
 
 
 class Data(Message, frozen=True, kw_only=True):
@@ -285,7 +339,12 @@ class Put(Message, frozen=True, kw_only=True):
     """Announces blocks; WANT frames answer with those that shall be sent.
 
     Attributes:
-        checksums: All layer checksums of all blocks, 8 bytes each, little-endian.
+        checksums: All layer checksums of all blocks, 8 bytes each, little-endian. Of an offer
+            those of its layers.
+        offer: To an agent: keep the blocks for peers that pull them, and store them nowhere.
+        layer_first, layer_last: Layers of an offer; a block may be offered in several. Both 0
+            for all, as it must be with what is to be stored.
+        lease_ms: How long an offer is kept.
     """
 
     namespace: NamespaceId
@@ -293,6 +352,10 @@ class Put(Message, frozen=True, kw_only=True):
     checksums: bytes
     ack: AckLevel = AckLevel.MEMORY
     deadline_ms: DeadlineMs
+    offer: bool = False
+    layer_first: Annotated[int, Meta(ge=0, le=1024)] = 0
+    layer_last: Annotated[int, Meta(ge=0, le=1024)] = 0
+    lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
 
 
 class Want(Message, frozen=True, kw_only=True):
@@ -331,6 +394,33 @@ class ReleaseReply(Message, frozen=True, kw_only=True):
     """`held`: for each lease, whether it had held until now."""
 
     held: tuple[bool, ...]
+
+
+class Claim(Message, frozen=True, kw_only=True):
+    """An engine takes over what the agent of its node has retained for a request.
+
+    What is still on its way is claimed too. Repeated by the same engine it is answered alike,
+    so that a lost answer costs nothing; claimed by one engine it is not found by another.
+    """
+
+    request: RequestName
+    attempt: Attempt = 0
+    lease_ms: Annotated[int, Meta(ge=1, le=LEASE_MS_MAX)] = 10_000
+
+
+class ClaimReply(Message, frozen=True, kw_only=True):
+    """What was claimed.
+
+    Attributes:
+        lease: Keeps the blocks until RELEASE or the end of its time; 0: nothing is retained
+            for this request and attempt (it never was, its time is over, or it is taken).
+        block_count: Blocks that are here or on their way.
+        bytes: Of those that are here.
+    """
+
+    lease: int = 0
+    block_count: Count = 0
+    bytes: Count = 0
 
 
 class Cancel(Message, frozen=True, kw_only=True):
@@ -445,6 +535,7 @@ class ErrorCode(enum.StrEnum):
     UNSUPPORTED = "unsupported"
     PERMISSION = "permission"
     DRAINING = "draining"
+    BUSY = "busy"
     REFUSED = "refused"
 
 
@@ -463,6 +554,7 @@ _ERROR_CLASSES: dict[ErrorCode, type[RefusedError]] = {
     ErrorCode.UNSUPPORTED: Unsupported,
     ErrorCode.PERMISSION: PermissionDenied,
     ErrorCode.DRAINING: Draining,
+    ErrorCode.BUSY: Busy,
 }
 _ERROR_CODES = {cls: code for code, cls in _ERROR_CLASSES.items()}
 
@@ -502,6 +594,7 @@ REQUESTS: dict[FrameType, type[Message]] = {
     FrameType.PUT: Put,
     FrameType.DELETE: Delete,
     FrameType.RELEASE: Release,
+    FrameType.CLAIM: Claim,
     FrameType.CANCEL: Cancel,
     FrameType.CORRUPT_REPORT: CorruptReport,
     FrameType.SUBSCRIBE: Subscribe,
@@ -522,6 +615,7 @@ REPLIES: dict[FrameType, type[Message]] = {
     FrameType.PUT_DONE: PutDone,
     FrameType.DELETE: DeleteReply,
     FrameType.RELEASE: ReleaseReply,
+    FrameType.CLAIM: ClaimReply,
     FrameType.CANCEL: CancelReply,
     FrameType.CORRUPT_REPORT: CorruptReply,
     FrameType.SUBSCRIBE: Empty,

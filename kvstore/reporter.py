@@ -167,6 +167,7 @@ class LoadReporter:
             self._requesters.set(now, load)
         self._waiting_nodes = set(nodes)
         self._seq += 1
+        relay = server.source.relay_load()
         return LoadReport(
             node_id=server.options.node_id,
             boot_id=server.boot_id,
@@ -181,10 +182,13 @@ class LoadReporter:
                     queued_bytes=link.queued_bytes,
                 )
                 for name, link in self._links.items()
-            ),
+            )
+            + server.source.links(),
             requesters=self._requesters.select(now),
             disk=server.source.disk_load(),
             buffers=server.source.buffer_load(),
+            relay_queued_bytes=relay.queued_bytes,
+            willing=relay.willing,
         )
 
     # --- pushing ---------------------------------------------------------------------------

@@ -14,14 +14,13 @@ import logging
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from kvstore.allowance import Allowance
-from kvstore.blocksource import BlockSource, FetchStream, PutStream
+from kvstore.blocksource import Answer, Asker, BlockSource, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import Endpoint
 from kvstore.errors import (
@@ -30,16 +29,19 @@ from kvstore.errors import (
     KVStoreError,
     LimitExceeded,
     LocalProtocolError,
+    PermissionDenied,
     RefusedError,
     TransportError,
     TransportTimeout,
 )
 from kvstore.layout import Geometry, PieceMap
 from kvstore.loadreport import LoadReport, NodeState
+from kvstore.loglimit import LogLimit
 from kvstore.messages import (
     LOOKUP_PROBES_MAX,
     Cancel,
     CancelReply,
+    Claim,
     CorruptReply,
     CorruptReport,
     Delete,
@@ -54,6 +56,7 @@ from kvstore.messages import (
     Lookup,
     LookupReply,
     Message,
+    NamespaceInfo,
     Namespaces,
     OpenNamespace,
     Pool,
@@ -77,6 +80,8 @@ from kvstore.version import VERSION
 from kvstore.wire import FrameType
 
 logger = logging.getLogger(__name__)
+
+AnswerT = TypeVar("AnswerT")
 
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,17 +119,17 @@ REFUSALS_MAX = 64
 DRAIN_POLL_S = 0.01
 # How often stalled connections are looked for.
 SWEEP_INTERVAL_S = 1.0
-# Lines of each kind that peers can put into the log as often as they like: a burst tells what
-# goes on, and a line a second at 200 bytes is 17 MB a day.
-LOG_LINES_BURST = 20
-LOG_LINES_PER_S = 1.0
+# What comes over a socket of the file system comes from this host.
+LOCAL_SCHEME = "unix:"
+# Requests of one connection that wait for other nodes.
+ANSWERS_PENDING_MAX = 256
 
 
-class Session:
+class Session(Asker):
     """One client: its connections, and the owner of its leases."""
 
-    def __init__(self, node_id: str) -> None:
-        self.node_id = node_id
+    def __init__(self, node_id: str, local: bool = False) -> None:
+        super().__init__(node_id, local)
         self.connections: set[ServerConnection] = set()
         self.early_cancels: OrderedDict[int, None] = OrderedDict()
 
@@ -137,16 +142,6 @@ class Session:
         if len(self.early_cancels) > EARLY_CANCELS_MAX:
             self.early_cancels.popitem(last=False)
         return False
-
-
-class _Lines:
-    """What of one kind of line may go into the log, and how many have not since the last."""
-
-    __slots__ = ("allowance", "left_out")
-
-    def __init__(self) -> None:
-        self.allowance = Allowance(LOG_LINES_PER_S, LOG_LINES_BURST)
-        self.left_out = 0
 
 
 class _Timing:
@@ -167,7 +162,8 @@ class ServerConnection(ServerHooks):
         self.server = server
         self.link = link
         self.session: Session | None = None
-        self.session_key: tuple[str, bytes] | None = None
+        self.session_key: tuple[str, bytes, bool] | None = None
+        self._answers: set[asyncio.Task[None]] = set()
         self.opened_at = server.loop.time()
         self._timings: dict[int, _Timing] = {}
         self._subscription: int | None = None
@@ -194,9 +190,10 @@ class ServerConnection(ServerHooks):
                 f"{len(server.connections) - 1} connections are open,"
                 f" the limit is {server.options.connections_max}"
             )
-        key = (hello.node_id, hello.session)
+        local = self.link.startswith(LOCAL_SCHEME)
+        key = (hello.node_id, hello.session, local)
         self.session_key = key
-        self.session = server.sessions.setdefault(key, Session(hello.node_id))
+        self.session = server.sessions.setdefault(key, Session(hello.node_id, local))
         self.session.connections.add(self)
         return Welcome(
             version=version,
@@ -259,9 +256,15 @@ class ServerConnection(ServerHooks):
     # --- requests --------------------------------------------------------------------------
 
     def _open_namespace(self, request_id: int, message: OpenNamespace) -> None:
-        info = self.server.source.open_namespace(message.pool, message.layout)
-        reply = Namespaces(namespaces=(info,))
-        self.protocol.reply(FrameType.OPEN_NAMESPACE, request_id, reply)
+        session = self.session
+        assert session is not None
+
+        def reply(info: NamespaceInfo) -> Message:
+            session.namespaces.add(info.namespace)
+            return Namespaces(namespaces=(info,))
+
+        answer = self.server.source.open_namespace(message.pool, message.layout, session)
+        self._answer(FrameType.OPEN_NAMESPACE, request_id, answer, reply)
 
     def _namespaces(self, request_id: int, message: ListNamespaces) -> None:
         reply = Namespaces(namespaces=tuple(self.server.source.namespaces(message.pool)))
@@ -278,11 +281,16 @@ class ServerConnection(ServerHooks):
                 f"LOOKUP of {len(message.keys)} keys in {len(message.namespaces)} namespaces:"
                 f" their product is {probes}, the limit is {LOOKUP_PROBES_MAX}"
             )
-        bitmap, lease = self.server.source.lookup(
+        assert self.session is not None
+        answer = self.server.source.lookup(
             message.namespaces, message.keys, message.lease_ms, self.session
         )
-        reply = LookupReply(bitmap=bitmap, lease=lease)
-        self.protocol.reply(FrameType.LOOKUP, request_id, reply)
+        self._answer(
+            FrameType.LOOKUP,
+            request_id,
+            answer,
+            lambda found: LookupReply(bitmap=found[0], lease=found[1]),
+        )
 
     def _fetch(self, request_id: int, message: Fetch) -> None:
         self.protocol.check_room(request_id)
@@ -294,7 +302,8 @@ class ServerConnection(ServerHooks):
             message.layer_last,
             message.group_layers,
         )
-        stream = source.fetch(message.namespace, message.keys, pieces)
+        assert self.session is not None
+        stream = source.fetch(message.namespace, message.keys, pieces, self.session, message)
         self._begin(request_id, message.deadline_ms)
         self.protocol.add_fetch(request_id, stream, message.priority)
         self._cancelled_early(request_id)
@@ -302,25 +311,41 @@ class ServerConnection(ServerHooks):
     def _put(self, request_id: int, message: Put) -> None:
         self.protocol.check_room(request_id)
         source = self.server.source
-        layer_bytes = source.layer_bytes(message.namespace)
+        layer_bytes = _offered(source.layer_bytes(message.namespace), message)
         expected = len(message.keys) * len(layer_bytes) * CHECKSUM_BYTES
         if len(message.checksums) != expected:
             raise LimitExceeded(
                 f"PUT with {len(message.checksums)} bytes of checksums for {len(message.keys)}"
                 f" blocks of {len(layer_bytes)} layers, expected {expected}"
             )
-        stream = source.put(message.namespace, message.keys, message.checksums, message.ack)
+        assert self.session is not None
+        stream = source.put(
+            message.namespace, message.keys, message.checksums, message.ack, self.session, message
+        )
         self._begin(request_id, message.deadline_ms)
         self.protocol.add_put(request_id, stream, sum(layer_bytes))
         self._cancelled_early(request_id)
 
     def _delete(self, request_id: int, message: Delete) -> None:
-        deleted = self.server.source.delete(message.namespace, message.keys)
-        self.protocol.reply(FrameType.DELETE, request_id, DeleteReply(deleted=deleted))
+        assert self.session is not None
+        answer = self.server.source.delete(message.namespace, message.keys, self.session)
+        self._answer(
+            FrameType.DELETE, request_id, answer, lambda deleted: DeleteReply(deleted=deleted)
+        )
 
     def _release(self, request_id: int, message: Release) -> None:
-        held = self.server.source.release(message.leases, self.session)
-        self.protocol.reply(FrameType.RELEASE, request_id, ReleaseReply(held=tuple(held)))
+        assert self.session is not None
+        answer = self.server.source.release(message.leases, self.session)
+        self._answer(
+            FrameType.RELEASE, request_id, answer, lambda held: ReleaseReply(held=tuple(held))
+        )
+
+    def _claim(self, request_id: int, message: Claim) -> None:
+        assert self.session is not None
+        if not self.session.local:
+            raise PermissionDenied("only an engine of this node, on its unix socket, may claim")
+        reply = self.server.source.claim(message, self.session)
+        self.protocol.reply(FrameType.CLAIM, request_id, reply)
 
     def _cancel(self, request_id: int, message: Cancel) -> None:
         assert self.session is not None
@@ -360,6 +385,46 @@ class ServerConnection(ServerHooks):
         if writer.sent_total >= self._reported_until:
             self.protocol.report(self._subscription, encoded)
             self._reported_until = writer.sent_total + writer.queued_bytes
+
+    def _answer(
+        self,
+        type: FrameType,
+        request_id: int,
+        answer: Answer[AnswerT],
+        reply: Callable[[AnswerT], Message],
+    ) -> None:
+        """Reply now, or when the source knows."""
+        if not isinstance(answer, Awaitable):
+            self.protocol.reply(type, request_id, reply(answer))
+            return
+        if len(self._answers) >= ANSWERS_PENDING_MAX:
+            if asyncio.iscoroutine(answer):
+                answer.close()
+            raise LimitExceeded(
+                f"{len(self._answers)} requests of this connection wait for other nodes, the"
+                f" limit is {ANSWERS_PENDING_MAX}"
+            )
+        task = self.server.loop.create_task(self._answer_later(type, request_id, answer, reply))
+        self._answers.add(task)
+        task.add_done_callback(self._answers.discard)
+
+    async def _answer_later(
+        self,
+        type: FrameType,
+        request_id: int,
+        answer: Awaitable[AnswerT],
+        reply: Callable[[AnswerT], Message],
+    ) -> None:
+        try:
+            self.protocol.reply(type, request_id, reply(await answer))
+        except KVStoreError as error:
+            if isinstance(error, LocalProtocolError):
+                error = RefusedError(str(error))
+            self.refused(type, error)
+            self.protocol.refuse_request(request_id, error)
+        except Exception as error:
+            logger.exception("%s: internal error in an answer", type.name)
+            self.protocol.refuse_request(request_id, RefusedError(f"internal error: {error!r}"))
 
     def _begin(self, request_id: int, deadline_ms: int) -> None:
         deadline = self.server.loop.call_later(deadline_ms / 1e3, self._deadline, request_id)
@@ -416,6 +481,8 @@ class ServerConnection(ServerHooks):
         for timing in self._timings.values():
             timing.deadline.cancel()
         self._timings.clear()
+        for task in self._answers:
+            task.cancel()
         if self._subscription is not None:
             server.reporter.unsubscribe(self._push_report)
         server.reporter.account(self)
@@ -439,6 +506,19 @@ class ServerConnection(ServerHooks):
         server.reporter.touch()
 
 
+def _offered(layer_bytes: tuple[int, ...], message: Put) -> tuple[int, ...]:
+    """Bytes of the layers that a put brings: all, or those of an offer."""
+    first, last = message.layer_first, message.layer_last
+    if not last and not first:
+        return layer_bytes
+    if not message.offer or not first < last <= len(layer_bytes):
+        raise LocalProtocolError(
+            f"PUT of layers [{first}, {last}): must be a non-empty range within"
+            f" [0, {len(layer_bytes)}), and only offers are in parts"
+        )
+    return layer_bytes[first:last]
+
+
 _ALLOWED_WHILE_DRAINING = frozenset(
     {FrameType.CANCEL, FrameType.RELEASE, FrameType.STATUS, FrameType.PING, FrameType.SUBSCRIBE}
 )
@@ -451,6 +531,7 @@ _HANDLERS: dict[FrameType, Callable[[ServerConnection, int, Any], None]] = {
     FrameType.PUT: ServerConnection._put,
     FrameType.DELETE: ServerConnection._delete,
     FrameType.RELEASE: ServerConnection._release,
+    FrameType.CLAIM: ServerConnection._claim,
     FrameType.CANCEL: ServerConnection._cancel,
     FrameType.CORRUPT_REPORT: ServerConnection._corrupt_report,
     FrameType.SUBSCRIBE: ServerConnection._subscribe,
@@ -488,7 +569,7 @@ class Server:
         self.boot_id = os.urandom(16)
         self.counters: Counter[str] = Counter()
         self.connections: set[ServerConnection] = set()
-        self.sessions: dict[tuple[str, bytes], Session] = {}
+        self.sessions: dict[tuple[str, bytes, bool], Session] = {}
         self.draining = False
         self.endpoints: list[Endpoint] = list(endpoints)
         self.loop: asyncio.AbstractEventLoop
@@ -496,7 +577,7 @@ class Server:
         self._listeners: list[Listener] = []
         self._started_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
-        self._lines: dict[str, _Lines] = {}
+        self._log_limit = LogLimit(logger)
 
     async def start(self) -> None:
         """Bind and begin to serve.
@@ -570,25 +651,17 @@ class Server:
     @property
     def state(self) -> NodeState:
         """What this node says of itself."""
-        return NodeState.DRAINING if self.draining else NodeState.READY
+        if self.draining:
+            return NodeState.DRAINING
+        return NodeState.DEGRADED if self.source.degraded else NodeState.READY
 
     def report(self) -> LoadReport:
         """A new load report."""
         return self.reporter.make()
 
     def note(self, level: int, text: str, *args: object) -> None:
-        """Log what peers can cause as often as they like; beyond a few lines of one kind (that
-        is, of one `text`) only their number."""
-        lines = self._lines.get(text)
-        if lines is None:
-            lines = self._lines[text] = _Lines()
-        if not lines.allowance.take(self.loop.time(), 1):
-            lines.left_out += 1
-            return
-        if lines.left_out:
-            logger.log(level, "%d lines like the next one were left out", lines.left_out)
-            lines.left_out = 0
-        logger.log(level, text, *args)
+        """Log what peers can cause as often as they like; see `LogLimit`."""
+        self._log_limit.log(self.loop.time(), level, text, *args)
 
     def _accept(self, link: str, stream: Stream) -> None:
         if len(self.connections) >= self.options.connections_max + REFUSALS_MAX:

@@ -10,17 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.allowance import Allowance
-from kvstore.blocksource import BlockSource, FetchStream, PutStream
+from kvstore.blocksource import Asker, BlockSource, FetchStream, PutStream
 from kvstore.errors import LocalProtocolError, Unsupported
 from kvstore.layout import BLOCK_BYTES_MAX, Layout, PieceMap
 from kvstore.loadreport import BufferLoad, DiskLoad
 from kvstore.messages import (
     LEASE_MS_MAX,
     AckLevel,
+    Fetch,
     NamespaceInfo,
     Pool,
     PoolAction,
     PoolInfo,
+    Put,
 )
 from kvstore_daemon.engine.eviction import GuardedLru
 from kvstore_daemon.engine.policy import EvictionPolicy
@@ -63,7 +65,9 @@ class ArenaSource(BlockSource):
         for name in sorted({*capacities, *pins}):
             self.store.pools.configure(name, capacities.get(name, 0), pins.get(name, b""))
 
-    def open_namespace(self, pool: str, layout: Layout) -> NamespaceInfo:
+    def open_namespace(
+        self, pool: str, layout: Layout, asker: Asker | None = None
+    ) -> NamespaceInfo:
         return self.store.pools.open(pool, layout).info()
 
     def namespaces(self, pool: str) -> list[NamespaceInfo]:
@@ -105,18 +109,33 @@ class ArenaSource(BlockSource):
             lease = self._lease([found[:run] for found in slots], lease_ms, owner)
         return np.packbits(hits, bitorder="little").tobytes(), lease
 
-    def fetch(self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap) -> FetchStream:
+    def fetch(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        asker: Asker | None = None,
+        request: Fetch | None = None,
+    ) -> FetchStream:
         return ArenaFetch(self.store, self.store.pools.namespace(namespace), keys, pieces)
 
     def put(
-        self, namespace: bytes, keys: Sequence[bytes], checksums: bytes, ack: AckLevel
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        checksums: bytes,
+        ack: AckLevel,
+        asker: Asker | None = None,
+        request: Put | None = None,
     ) -> PutStream:
+        if request is not None and request.offer:
+            raise Unsupported("an offer is for the agent of a node: a daemon stores blocks")
         if ack is not AckLevel.MEMORY:
             raise Unsupported(f"ack={ack}: this daemon has no disk, only ack=memory can be met")
         opened = self.store.pools.namespace(namespace)
         return ArenaPut(self.store, opened, keys, checksums, self._clock)
 
-    def delete(self, namespace: bytes, keys: Sequence[bytes]) -> bytes:
+    def delete(self, namespace: bytes, keys: Sequence[bytes], asker: Asker | None = None) -> bytes:
         opened = self.store.pools.namespace(namespace)
         deleted = bytes(self.store.delete(opened, key) for key in keys)
         self.store.counters["blocks_deleted"] += sum(deleted)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from kvstore import serving
+from kvstore import loglimit
 from kvstore.allowance import Allowance
 from kvstore.checksum import short_checksum
 from kvstore.endpoint import parse_endpoint
@@ -275,8 +275,8 @@ async def test_more_requests_than_a_connection_may_have_are_refused() -> None:
 async def test_a_flood_of_refusals_does_not_fill_the_log(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "LOG_LINES_BURST", 5)
-    monkeypatch.setattr(serving, "LOG_LINES_PER_S", 0)
+    monkeypatch.setattr(loglimit, "LOG_LINES_BURST", 5)
+    monkeypatch.setattr(loglimit, "LOG_LINES_PER_S", 0)
     async with serve(1) as nodes, raw(nodes[0]) as peer:
         caplog.set_level(logging.INFO, "kvstore.serving")
         for number in range(1, 301):
@@ -285,7 +285,7 @@ async def test_a_flood_of_refusals_does_not_fill_the_log(
         assert nodes[0].counter("requests_refused_unsupported") == 300
         assert len(caplog.records) == 5
         caplog.clear()
-        (lines,) = nodes[0].server._lines.values()
+        (lines,) = nodes[0].server._log_limit._lines.values()
         lines.allowance = Allowance(0, 1)  # as if time had passed
         peer.writer.write(frame(FrameType.SCRUB, 301))
         await peer.error()

@@ -8,19 +8,17 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvstore_bench.daemons import DaemonFailed, Daemons
+from tests.support.orphans import TIMEOUT_S, has_ended
 from tests.support.tree import ROOT
 
 pytestmark = pytest.mark.slow
 
-# For processes that a broken test would wait for; nothing depends on how long one takes.
-TIMEOUT_S = 120
 LIMITS = str(ROOT / "bench" / "jobs" / "limits.ini")
 SMALL = ["--bs=64k", "--batch=4", "--size=8m", "--iodepth=2"]
 
@@ -49,20 +47,6 @@ def children(pid: int) -> set[int]:
         for child in map(int, task.read_text().split()):
             found |= {child} | children(child)
     return found
-
-
-def has_ended(pid: int) -> bool:
-    """Wait for the end of a process (we adopt orphans, but only when their parent is gone)."""
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline_s:
-        try:
-            os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            pass  # it has, or had, another parent that is to see its end
-        if not Path(f"/proc/{pid}").exists():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 @pytest.mark.parametrize("engine", ["null", "raw"])

@@ -119,8 +119,10 @@ class GatedSource(ArenaSource):
         super().__init__(arena, **options)
         self.gate = Gate()
 
-    def fetch(self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap) -> FetchStream:
-        return _GatedFetch(super().fetch(namespace, keys, pieces), self.gate)
+    def fetch(
+        self, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap, *terms: Any
+    ) -> FetchStream:
+        return _GatedFetch(super().fetch(namespace, keys, pieces, *terms), self.gate)
 
 
 class Node:

@@ -28,6 +28,7 @@ PURE = {
     "kvstore.framing",
     "kvstore.layout",
     "kvstore.loadreport",
+    "kvstore.loglimit",
     "kvstore.messages",
     "kvstore.protocol",
     "kvstore.protocol.base",

@@ -10,6 +10,7 @@ import pytest
 
 from kvstore import messages
 from kvstore.errors import (
+    Busy,
     Draining,
     KVStoreError,
     LayoutMismatch,
@@ -57,7 +58,6 @@ def test_every_message_has_a_sample() -> None:
     assert FROM_SERVER.keys() == REPLIES.keys()
     # Their numbers are taken, so that no build gives them another meaning.
     assert FrameType.__members__.values() - REQUESTS.keys() - REPLIES.keys() == {
-        FrameType.CLAIM,
         FrameType.SCRUB,
         FrameType.DRAIN,
     }
@@ -226,6 +226,7 @@ ERRORS: list[tuple[KVStoreError, ErrorCode, type[RefusedError]]] = [
     (Unsupported("text"), ErrorCode.UNSUPPORTED, Unsupported),
     (PermissionDenied("text"), ErrorCode.PERMISSION, PermissionDenied),
     (Draining("text"), ErrorCode.DRAINING, Draining),
+    (Busy("text"), ErrorCode.BUSY, Busy),
     (RefusedError("text"), ErrorCode.REFUSED, RefusedError),
 ]
 

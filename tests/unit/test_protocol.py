@@ -193,7 +193,7 @@ def test_a_client_takes_every_frame(
         assert heard == [message]
 
 
-@pytest.mark.parametrize("type", [FrameType.CLAIM, FrameType.SCRUB, FrameType.DRAIN])
+@pytest.mark.parametrize("type", [FrameType.SCRUB, FrameType.DRAIN])
 def test_what_is_not_offered_yet_is_answered(pair: Pair, type: FrameType) -> None:
     replies = pair.call(type, Empty())
     pair.pump()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from kvstore.blocksource import RelayLoad
 from kvstore.endpoint import parse_endpoint
 from kvstore.loadreport import (
     PUSH_GAP_S,
@@ -81,6 +82,8 @@ class Server:
         self.state = NodeState.READY
         self.source: Any = self
         self.free_bytes = 10
+        self.more_links: tuple[LinkLoad, ...] = ()
+        self.relay = RelayLoad()
         self.looks = 0
         self.pushed: list[tuple[float, LoadReport]] = []
         self.reporter = LoadReporter(self)  # type: ignore[arg-type]
@@ -93,6 +96,14 @@ class Server:
     def disk_load(self) -> DiskLoad:
         """As of a block source."""
         return DiskLoad(queued_bytes=5)
+
+    def links(self) -> tuple[LinkLoad, ...]:
+        """As of a block source."""
+        return self.more_links
+
+    def relay_load(self) -> RelayLoad:
+        """As of a block source."""
+        return self.relay
 
     def listen(self, encoded: bytes) -> None:
         """A subscriber."""
@@ -511,3 +522,14 @@ def test_thousands_of_changes_move_the_timer_once(subscribed: Server) -> None:
     for _ in range(10_000):
         subscribed.reporter.touch()
     assert len(subscribed.loop._timers) <= before + 1
+
+
+def test_what_an_agent_adds_is_in_the_report(server: Server) -> None:
+    assert (server.reporter.make().relay_queued_bytes, server.reporter.make().willing) == (0, False)
+    server.relay = RelayLoad(queued_bytes=7, willing=True)
+    server.more_links = (LinkLoad(name="storage", queued_bytes=3),)
+    server.loop.advance(1.0)
+    report = server.reporter.make()
+    assert (report.relay_queued_bytes, report.willing) == (7, True)
+    assert report.links[-1] == LinkLoad(name="storage", queued_bytes=3)
+    assert len(report.links) == 3
