@@ -56,6 +56,13 @@ ERROR_TEXT_MAX = 1000
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES_MIN, max_length=KEY_BYTES_MAX)]
 NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NAMESPACE_ID_BYTES)]
 Keys = Annotated[list[Key], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+#: Where blocks lie: so many keys of a request, one after the other, are of the extent whose
+#: first key is this one. Agents need it, since that key is often not among those of the
+#: request; daemons do not. Without it each key is an extent of its own.
+Extents = Annotated[
+    tuple[tuple[Annotated[int, Meta(ge=1, le=KEYS_PER_REQUEST_MAX)], Key], ...],
+    Meta(max_length=KEYS_PER_REQUEST_MAX),
+]
 DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 RequestName = Annotated[str, Meta(min_length=1, max_length=REQUEST_NAME_MAX)]
@@ -244,6 +251,7 @@ class Lookup(Message, frozen=True, kw_only=True):
     ]
     keys: Keys
     lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
+    extents: Extents = ()
 
 
 class LookupReply(Message, frozen=True, kw_only=True):
@@ -301,6 +309,7 @@ class Fetch(Message, frozen=True, kw_only=True):
     peer: Annotated[str, Meta(max_length=ENDPOINT_MAX)] = ""
     wait_ms: DeadlineMs = 0
     hops: Annotated[int, Meta(ge=0, le=255)] = 0
+    extents: Extents = ()
 
 
 class Data(Message, frozen=True, kw_only=True):
@@ -356,6 +365,7 @@ class Put(Message, frozen=True, kw_only=True):
     layer_first: Annotated[int, Meta(ge=0, le=1024)] = 0
     layer_last: Annotated[int, Meta(ge=0, le=1024)] = 0
     lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
+    extents: Extents = ()
 
 
 class Want(Message, frozen=True, kw_only=True):
@@ -376,6 +386,7 @@ class Delete(Message, frozen=True, kw_only=True):
 
     namespace: NamespaceId
     keys: Keys
+    extents: Extents = ()
 
 
 class DeleteReply(Message, frozen=True, kw_only=True):

@@ -117,6 +117,7 @@ class FetchTransfer:
         self._groups_left = [pieces.group_count] * len(keys)
         self._expected: dict[int, bytes] = {}
         self._seeds: dict[int, int] = {}
+        self._keep_seeds = pieces.group_count > 1
         self._abandoned = False
 
     @property
@@ -182,7 +183,7 @@ class FetchTransfer:
         piece, offset, left = header.piece, header.piece_offset, header.payload_length
         self.received_bytes += left
         at = 0
-        complete: list[tuple[int, int, int]] = []
+        arrived: list[tuple[int, int, int]] = []
         while left:
             group, index = divmod(piece, pieces.key_count)
             first, last, _, size = pieces.group_ranges[group]
@@ -191,8 +192,7 @@ class FetchTransfer:
                 self._expected[piece] = checksums[at : at + length]
                 at += length
             take = min(left, size - offset)
-            if offset + take == size:
-                complete.append((piece, group, index))
+            arrived.append((piece, offset, offset + take))
             left -= take
             piece += 1
             offset = 0
@@ -200,8 +200,8 @@ class FetchTransfer:
             raise RemoteProtocolError(
                 f"DATA with {len(checksums)} bytes of checksums, expected {at}"
             )
-        for piece, group, index in complete:
-            self._complete(piece, group, index)
+        for piece, first, last in arrived:
+            self._arrived(piece, first, last)
         for index in failed:
             if not 0 <= index < pieces.key_count:
                 raise RemoteProtocolError(
@@ -237,15 +237,24 @@ class FetchTransfer:
             if known == PENDING:
                 self._fail(index, outcome)
 
-    def _complete(self, piece: int, group: int, index: int) -> None:
+    def _arrived(self, piece: int, start: int, end: int) -> None:
+        """Bytes `[start, end)` of a piece are where they belong."""
+        group, index = divmod(piece, self.pieces.key_count)
+        first, last, _, size = self.pieces.group_ranges[group]
+        if end < size:
+            return
         expected = self._expected.pop(piece)
         if self._abandoned or self.outcomes[index] != PENDING:
             return
-        first, last, _, _ = self.pieces.group_ranges[group]
+        if self._verified(index, first, last, expected):
+            self._group_done(index, group)
+
+    def _verified(self, index: int, first: int, last: int, expected: bytes) -> bool:
+        """Whether layers `[first, last)` of a block match their checksums; if not it fails."""
         seed = self._seeds.get(index)
         if seed is None:
             seed = block_seed(self._namespace, self.keys[index])
-            if self.pieces.group_count > 1:
+            if self._keep_seeds:
                 self._seeds[index] = seed
         geometry = self.pieces.geometry
         layers: Sequence[memoryview]
@@ -258,10 +267,13 @@ class FetchTransfer:
             ]
         else:
             layers = memory[first - self.pieces.layer_first : last - self.pieces.layer_first]
-        if layer_checksums(layers, seed, first) != expected:
-            self.corrupt.append(index)
-            self._fail(index, FetchOutcome.CORRUPT)
-            return
+        if layer_checksums(layers, seed, first) == expected:
+            return True
+        self.corrupt.append(index)
+        self._fail(index, FetchOutcome.CORRUPT)
+        return False
+
+    def _group_done(self, index: int, group: int) -> None:
         self._groups_left[index] -= 1
         if self._groups_left[index] == 0:
             self.outcomes[index] = FetchOutcome.HIT

@@ -47,6 +47,49 @@ class Chain(NamedTuple):
         """Keys of the blocks that the call is about."""
         return self.keys[self.first :]
 
+    def heads(self) -> list[tuple[int, int, bytes]]:
+        """The extents of the wanted blocks: `[first, last)` of them, and the head's key."""
+        keys, start, linked = self
+        stop = len(keys)
+        if not linked:
+            return [(at - start, at - start + 1, keys[at]) for at in range(start, stop)]
+        if start == stop:
+            return []
+        return [
+            (max(start, head) - start, min(stop, head + EXTENT_BLOCKS) - start, keys[head])
+            for head in range(start - start % EXTENT_BLOCKS, stop, EXTENT_BLOCKS)
+        ]
+
+
+class PlacedKeys(NamedTuple):
+    """Keys as another node passes them on, with the heads of their extents.
+
+    Attributes:
+        wanted: The keys.
+        extents: How many keys one after the other are of one extent, and the key of its head;
+            without any, each key is an extent of its own.
+    """
+
+    wanted: Sequence[bytes]
+    extents: Sequence[tuple[int, bytes]]
+
+    def heads(self) -> list[tuple[int, int, bytes]]:
+        """As of `Chain`.
+
+        Raises:
+            LocalProtocolError: The extents are not about as many keys as there are.
+        """
+        if not self.extents:
+            return [(at, at + 1, key) for at, key in enumerate(self.wanted)]
+        found = []
+        first = 0
+        for count, head in self.extents:
+            found.append((first, first + count, head))
+            first += count
+        if first != len(self.wanted):
+            raise LocalProtocolError(f"extents of {first} keys for {len(self.wanted)} keys")
+        return found
+
 
 class Extent(NamedTuple):
     """Consecutive blocks that lie together.
@@ -98,40 +141,9 @@ class Placement:
             owners.append(self._order[index])
         return tuple(owners)
 
-    def extents(self, chain: Chain) -> list[Extent]:
-        """The extents of the blocks that a call is about; they count from the chain's `first`."""
-        keys, first, linked = chain
-        return [
-            Extent(extent.first - first, extent.last - first, extent.owners)
-            for extent in self.split(keys, first, len(keys), linked)
-        ]
-
-    def split(
-        self, keys: Sequence[bytes], start: int, stop: int, chain: bool = True
-    ) -> list[Extent]:
-        """Cut a range of blocks into the extents that it touches, in order.
-
-        Args:
-            keys: With `chain`, the keys of a prefix from its beginning.
-            start, stop: The blocks that the call is about, `[start, stop)` of `keys`.
-            chain: Without it each key is an extent of its own.
-
-        Raises:
-            LocalProtocolError: The range is not within `keys`.
-        """
-        if not 0 <= start <= stop <= len(keys):
-            raise LocalProtocolError(
-                f"blocks [{start}, {stop}): must be a range within the {len(keys)} keys"
-            )
-        if not chain:
-            return [Extent(i, i + 1, self.owners(keys[i])) for i in range(start, stop)]
-        if start == stop:
-            return []
-        heads = range(start - start % EXTENT_BLOCKS, stop, EXTENT_BLOCKS)
-        return [
-            Extent(max(start, head), min(stop, head + EXTENT_BLOCKS), self.owners(keys[head]))
-            for head in heads
-        ]
+    def extents(self, chain: Chain | PlacedKeys) -> list[Extent]:
+        """The extents of the blocks that a call is about; they count from the first of them."""
+        return [Extent(first, last, self.owners(head)) for first, last, head in chain.heads()]
 
 
 def block_owners(extents: Iterable[Extent]) -> list[tuple[int, ...]]:
@@ -150,6 +162,28 @@ def by_owner(
         if rank < len(extent.owners):
             owned[extent.owners[rank]].extend(filter(wanted, range(extent.first, extent.last)))
     return {owner: indices for owner, indices in owned.items() if indices}
+
+
+def extents_of(heads: Sequence[bytes], indices: Iterable[int]) -> tuple[tuple[int, bytes], ...]:
+    """Some of the keys of a chain and where they lie, as a request to an agent says it.
+
+    Args:
+        heads: The head's key of each block of the chain.
+        indices: Which blocks, in the order of the request.
+    """
+    runs: list[tuple[int, bytes]] = []
+    for index in indices:
+        head = heads[index]
+        if runs and runs[-1][1] == head:
+            runs[-1] = (runs[-1][0] + 1, head)
+        else:
+            runs.append((1, head))
+    return tuple(runs)
+
+
+def block_heads(chain: Chain | PlacedKeys) -> list[bytes]:
+    """The key of the head of each block's extent, in order."""
+    return [head for first, last, head in chain.heads() for _ in range(first, last)]
 
 
 def parts(items: Sequence[int], size_max: int) -> list[Sequence[int]]:

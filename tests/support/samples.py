@@ -113,6 +113,7 @@ FROM_CLIENT: dict[FrameType, msgspec.Struct] = {
         peer="tcp://10.0.0.1:7460",
         wait_ms=100,
         hops=1,
+        extents=((2, KEYS[0]), (1, bytes(64))),
     ),
     FrameType.DATA: Data(),
     FrameType.PUT: Put(

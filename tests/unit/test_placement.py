@@ -12,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.errors import ConfigError, LocalProtocolError
-from kvstore_client.placement import EXTENT_BLOCKS, OWNERS_MAX, Extent, Placement
+from kvstore_client.placement import (
+    EXTENT_BLOCKS,
+    OWNERS_MAX,
+    Chain,
+    Extent,
+    PlacedKeys,
+    Placement,
+    block_heads,
+    block_owners,
+    extents_of,
+)
 
 NODES = [f"tcp://10.0.0.{n}:7450" for n in range(1, 9)]
 # Owners of counting_keys(4) on NODES.
@@ -26,6 +36,16 @@ def digest_keys(count: int) -> list[bytes]:
 def counting_keys(count: int) -> list[bytes]:
     """Keys as an engine might number them: almost all bytes alike."""
     return [n.to_bytes(16, "big") for n in range(count)]
+
+
+def split(
+    placement: Placement, keys: list[bytes], start: int, stop: int, chain: bool = True
+) -> list[Extent]:
+    """The extents of a range, by their place in the whole chain."""
+    return [
+        Extent(start + first, start + last, owners)
+        for first, last, owners in placement.extents(Chain(keys[:stop], start, chain))
+    ]
 
 
 def test_one_node_owns_everything() -> None:
@@ -106,20 +126,20 @@ def test_adding_a_node_moves_a_fair_share_to_it_and_nothing_else() -> None:
 def test_ranges_are_cut_at_extents_of_the_chain() -> None:
     keys = digest_keys(200)
     placement = Placement(NODES)
-    assert placement.split(keys, 10, 130) == [
+    assert split(placement, keys, 10, 130) == [
         Extent(10, 64, placement.owners(keys[0])),
         Extent(64, 128, placement.owners(keys[64])),
         Extent(128, 130, placement.owners(keys[128])),
     ]
-    assert placement.split(keys, 64, 65) == [Extent(64, 65, placement.owners(keys[64]))]
-    assert placement.split(keys, 5, 5) == []
-    assert placement.split([], 0, 0) == []
+    assert split(placement, keys, 64, 65) == [Extent(64, 65, placement.owners(keys[64]))]
+    assert split(placement, keys, 5, 5) == []
+    assert split(placement, [], 0, 0) == []
 
 
 def test_lone_keys_are_extents_of_their_own() -> None:
     keys = digest_keys(70)
     placement = Placement(NODES)
-    extents = placement.split(keys, 1, 70, chain=False)
+    extents = split(placement, keys, 1, 70, chain=False)
     assert extents == [Extent(n, n + 1, placement.owners(keys[n])) for n in range(1, 70)]
     assert len({extent.owners[0] for extent in extents}) == len(NODES)
 
@@ -131,7 +151,7 @@ def test_a_block_lies_in_the_same_place_whatever_range_is_asked_for(data: st.Dat
     stop = data.draw(st.integers(start, len(keys)))
     placement = Placement(NODES)
     covered = []
-    for first, last, owners in placement.split(keys, start, stop):
+    for first, last, owners in split(placement, keys, start, stop):
         assert first < last
         assert first // EXTENT_BLOCKS == (last - 1) // EXTENT_BLOCKS
         assert owners == placement.owners(keys[first - first % EXTENT_BLOCKS])
@@ -139,10 +159,24 @@ def test_a_block_lies_in_the_same_place_whatever_range_is_asked_for(data: st.Dat
     assert covered == list(range(start, stop))
 
 
-@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (0, 4), (3, 2), (4, 4)])
-def test_refuses_ranges_outside_of_the_keys(start: int, stop: int) -> None:
-    with pytest.raises(LocalProtocolError, match="within the 3 keys"):
-        Placement(NODES).split(digest_keys(3), start, stop)
+@given(st.data())
+def test_keys_that_are_passed_on_lie_where_they_did(data: st.DataObject) -> None:
+    keys = digest_keys(data.draw(st.integers(1, 300)))
+    chain = Chain(keys, data.draw(st.integers(0, len(keys))), data.draw(st.booleans()))
+    placement = Placement(NODES)
+    owners = block_owners(placement.extents(chain))
+    chosen = sorted(data.draw(st.sets(st.sampled_from(range(len(owners))))) if owners else [])
+    passed = PlacedKeys(
+        [chain.wanted[index] for index in chosen], extents_of(block_heads(chain), chosen)
+    )
+    found = block_owners(placement.extents(passed))
+    assert found == [owners[index] for index in chosen]
+
+
+def test_extents_that_do_not_match_their_keys_are_refused() -> None:
+    keys = digest_keys(3)
+    with pytest.raises(LocalProtocolError, match="extents of 2 keys for 3 keys"):
+        PlacedKeys(keys, ((2, keys[0]),)).heads()
 
 
 @pytest.mark.parametrize("nodes", [[], ["a", "b", "a"]])
