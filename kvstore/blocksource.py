@@ -127,6 +127,11 @@ class FetchStream(abc.ABC):
     def tiers(self) -> bytes:
         """One `Tier` a key. Call when finished."""
 
+    def served_by(self) -> bytes:
+        """One `ServedBy` a key, or nothing where all are of this node's own store. Call when
+        finished."""
+        return b""
+
 
 class PutStream(abc.ABC):
     """One put being taken. Created by `BlockSource.put`; the server feeds it.

@@ -114,6 +114,17 @@ class Tier(enum.IntEnum):
     REMOTE = 4
 
 
+class ServedBy(enum.IntEnum):
+    """Which way a block came to the server that says so, or to the caller."""
+
+    UNKNOWN = 0
+    HELD = 1
+    """It was there."""
+    DIRECT = 2
+    RELAY = 3
+    PEER = 4
+
+
 class AckLevel(enum.StrEnum):
     """What has happened to a block when its put is acknowledged."""
 
@@ -332,6 +343,7 @@ class Done(Message, frozen=True, kw_only=True):
     Attributes:
         outcomes: One `FetchOutcome` a key, as bytes. HIT means that all of it was sent.
         tiers: One `Tier` a key, as bytes.
+        served_by: One `ServedBy` a key, as bytes: an agent says how it got each block.
         queued_us: From the arrival of the request until its first byte was sent.
         service_us: From then until the last.
         report: The server's load at this moment.
@@ -339,6 +351,7 @@ class Done(Message, frozen=True, kw_only=True):
 
     outcomes: bytes
     tiers: bytes = b""
+    served_by: bytes = b""
     queued_us: Count = 0
     service_us: Count = 0
     report: LoadReport | None = None

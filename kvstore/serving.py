@@ -239,6 +239,7 @@ class ServerConnection(ServerHooks):
         return Done(
             outcomes=outcomes,
             tiers=stream.tiers(),
+            served_by=stream.served_by(),
             queued_us=int(max(0.0, queued_s) * 1e6),
             service_us=int(max(0.0, service_s) * 1e6),
             report=self.server.report(),

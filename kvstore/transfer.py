@@ -15,7 +15,7 @@ from kvstore.blocksource import Chunk
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
 from kvstore.errors import LocalProtocolError, RemoteProtocolError
 from kvstore.layout import Geometry, PieceMap
-from kvstore.messages import Done, FetchOutcome, PutOutcome, Tier, Want
+from kvstore.messages import Done, FetchOutcome, PutOutcome, ServedBy, Tier, Want
 from kvstore.wire import PAYLOAD_BYTES_MAX, Header
 
 #: Value of an outcome that is not known yet.
@@ -23,6 +23,7 @@ PENDING = 255
 _FETCH_OUTCOMES = frozenset(map(int, FetchOutcome))
 _PUT_OUTCOMES = frozenset(map(int, PutOutcome))
 _TIERS = frozenset(map(int, Tier))
+_WAYS = frozenset(map(int, ServedBy))
 
 # The memory of one block: one contiguous buffer of the asked-for layers, or one buffer for
 # each of those layers (engines scatter them).
@@ -108,6 +109,8 @@ class FetchTransfer:
         self.pieces = pieces
         self.outcomes = bytearray([PENDING]) * len(keys)
         self.received_bytes = 0
+        #: Called with the payload bytes of each frame that has arrived, until `abandon`.
+        self.on_bytes: Callable[[int], None] | None = None
         self.corrupt: list[int] = []
         self._namespace = namespace
         self._memory = memory
@@ -208,6 +211,8 @@ class FetchTransfer:
                     f"DATA names key {index} as failed, the request has {pieces.key_count}"
                 )
             self._fail(index, FetchOutcome.MISS)
+        if self.on_bytes is not None and not self._abandoned:
+            self.on_bytes(header.payload_length)
 
     def done(self, done: Done) -> None:
         """The server has said all.
@@ -223,6 +228,9 @@ class FetchTransfer:
             raise RemoteProtocolError(
                 f"DONE with {len(done.tiers)} tiers for {len(self.keys)} keys"
             )
+        known = len(done.served_by)
+        if known not in (0, len(self.keys)) or not _WAYS.issuperset(done.served_by):
+            raise RemoteProtocolError(f"DONE with {known} ways for {len(self.keys)} keys")
         for index, outcome in enumerate(done.outcomes):
             if self.outcomes[index] == PENDING:
                 if outcome == FetchOutcome.HIT and not self._abandoned:

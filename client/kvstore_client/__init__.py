@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvstore.errors import (
+    Busy,
     ConfigError,
     KVStoreError,
     LayoutMismatch,
@@ -24,6 +25,7 @@ from kvstore.messages import (
     Order,
     PoolInfo,
     PutOutcome,
+    ServedBy,
     Status,
     Tier,
 )
@@ -32,6 +34,7 @@ from kvstore_client.client import Client
 from kvstore_client.handles import (
     AsyncFetchHandle,
     AsyncPutHandle,
+    Claimed,
     FetchHandle,
     FetchResult,
     Lease,
@@ -47,6 +50,8 @@ __all__ = [
     "AsyncClient",
     "AsyncFetchHandle",
     "AsyncPutHandle",
+    "Busy",
+    "Claimed",
     "Client",
     "ConfigError",
     "FetchHandle",
@@ -71,6 +76,7 @@ __all__ = [
     "PutResult",
     "RefusedError",
     "Run",
+    "ServedBy",
     "Status",
     "Tier",
     "TransportError",

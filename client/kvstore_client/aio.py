@@ -26,15 +26,24 @@ from kvstore_client.arguments import (
     check_ack,
     check_chain,
     check_deadline,
+    check_layers,
     check_lease,
     check_pool_request,
+    check_request,
     fetch_job,
+    fetch_route,
     put_job,
 )
 from kvstore_client.cluster import Cluster, ClusterOptions
-from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Lease, LookupResult
+from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Claimed, Lease, LookupResult
+from kvstore_client.jobs import Offer
 from kvstore_client.namespaces import Namespace
+from kvstore_client.relays import check_policy
+from kvstore_client.selector import Policy
 
+# How long an agent keeps blocks for an engine that has not claimed them yet: as long as two
+# requests with the default deadline.
+RETAIN_S = 10.0
 # An engine waits this long at most for KV-cache before it computes it again.
 DEADLINE_S = 5.0
 
@@ -63,13 +72,17 @@ class AsyncClient:
 
     Args:
         endpoints: URI of each daemon, or of the only one. All clients must write them alike:
-            their names decide where blocks lie.
+            their names decide where blocks lie. Or, alone, the unix socket of the agent of this
+            node, who then does all of it.
         node_id: Name of this node in load reports and logs.
         token: Credentials for daemons that ask for them.
         deadline_s: Of fetches and puts that do not say otherwise.
         connect_timeout_s: For connecting and for requests without payload.
         copies: Daemons that get each block; 2 survives the loss of one.
-        seed: Makes backoff and ramp-in repeatable.
+        relays: Endpoints of agents of other nodes that may relay for this one: the second path.
+        policy: How fetches are spread over the paths: "balanced", "direct", "round_robin" or
+            "shortest_queue", see `kvstore_client.selector.Policy`.
+        seed: Makes backoff, ramp-in and the selector's draws repeatable.
 
     Raises:
         ConfigError: Names the endpoint and what is wrong with it.
@@ -84,6 +97,8 @@ class AsyncClient:
         deadline_s: float = DEADLINE_S,
         connect_timeout_s: float = 1.0,
         copies: int = 1,
+        relays: Sequence[str] = (),
+        policy: str = Policy.BALANCED,
         seed: int | None = None,
     ) -> None:
         self.deadline_s = check_deadline(deadline_s)
@@ -94,6 +109,8 @@ class AsyncClient:
                 token=token,
                 copies=copies,
                 connect_timeout_s=connect_timeout_s,
+                relays=tuple(relays),
+                policy=check_policy(policy),
                 seed=seed,
             ),
         )
@@ -195,6 +212,11 @@ class AsyncClient:
         order: str = "block",
         group_layers: int = 1,
         deadline_s: float | None = None,
+        decode_node: str = "",
+        retain_for: tuple[str, int] | None = None,
+        retain_s: float = RETAIN_S,
+        peer: str = "",
+        wait_s: float = 0.0,
     ) -> AsyncFetchHandle:
         """Read blocks into the caller's memory; returns at once.
 
@@ -207,6 +229,17 @@ class AsyncClient:
                 group, for `wait_layer`.
             group_layers: Layers in such a group.
             deadline_s: From now; what has not arrived by then is TIMEOUT.
+            decode_node: Node id or endpoint of the relay that is best, since its engine needs
+                the blocks too.
+            retain_for: Name and attempt of the engine's request: the decode node keeps what it
+                relays until its engine claims it, and the agent of this node what it loads
+                until the decode node has pulled it.
+            retain_s: How long they are kept at most.
+            peer: Endpoint of another node's agent that holds the blocks, or is about to. The
+                agent of this node takes from there what it does not hold, and what does not
+                come, from storage. Without an agent all comes from there and nothing from
+                storage.
+            wait_s: How long the peer may wait for blocks that are not there yet.
 
         Raises:
             LocalProtocolError: An argument is wrong; names it and what was expected.
@@ -222,6 +255,7 @@ class AsyncClient:
             group_layers=group_layers,
             deadline_s=self.deadline_s if deadline_s is None else deadline_s,
             now=self._running().time(),
+            route=fetch_route(decode_node, retain_for, retain_s, peer, wait_s),
         )
         handle = job.handle = AsyncFetchHandle(job.deadline_s, job.cancel, len(job.layers))
         self.cluster.begin_fetch(job)
@@ -261,6 +295,87 @@ class AsyncClient:
         handle = job.handle = AsyncPutHandle(job.deadline_s, job.cancel)
         self.cluster.begin_put(job, level)
         return handle
+
+    def offer(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        blocks: object,
+        *,
+        layers: range | None = None,
+        first: int = 0,
+        chain: bool = True,
+        offer_s: float = RETAIN_S,
+        deadline_s: float | None = None,
+    ) -> AsyncPutHandle:
+        """Lay blocks, or some layers of them, into the agent of this node, where peers pull
+        them: nothing goes to storage. Returns at once.
+
+        A prefill engine offers layer after layer while it computes the next one.
+
+        Args:
+            blocks: Memory of the offered layers, as in `fetch`. It must not change until the
+                handle is `quiet`.
+            layers: Consecutive layers; all by default.
+            offer_s: How long they are kept.
+
+        Raises:
+            LocalProtocolError: An argument is wrong; names it and what was expected. Without an
+                agent all outcomes are UNAVAILABLE, and `errors` say so.
+        """
+        span = check_layers(namespace, layers)
+        job = put_job(
+            namespace,
+            keys,
+            blocks,
+            first=first,
+            chain=chain,
+            deadline_s=self.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
+            offer=Offer(span, check_lease(offer_s)),
+        )
+        handle = job.handle = AsyncPutHandle(job.deadline_s, job.cancel)
+        self.cluster.begin_put(job, AckLevel.MEMORY)
+        return handle
+
+    async def claim(self, request: str, attempt: int = 0, *, lease_s: float = RETAIN_S) -> Claimed:
+        """Take over what the agent of this node has retained for a request: a decode engine
+        does that before it fetches the blocks. What is still on its way is claimed too.
+
+        Repeated by the same client it is answered alike.
+
+        Returns:
+            The lease that keeps the blocks, for `release`; `lease.number` 0 if nothing is
+            retained: never was, no more, or claimed by another client.
+
+        Raises:
+            LocalProtocolError: No such request can be.
+            Unsupported: This client has no agent.
+            TransportError: The agent does not answer.
+        """
+        self._running()
+        name, number = check_request(request, attempt)
+        reply = await self.cluster.claim(name, number, max(1, check_lease(lease_s)))
+        lease = Lease(self.endpoints[0], reply.lease, lease_s if reply.lease else 0.0)
+        return Claimed(lease=lease, block_count=reply.block_count, bytes=reply.bytes)
+
+    def estimate_s(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+        layers: range | None = None,
+        decode_node: str = "",
+    ) -> float:
+        """How long a fetch of these blocks would take if it began now, for the choice between
+        loading and computing again. It knows links and queues, not the daemons' disks; infinite
+        if nothing can be reached. Begins nothing."""
+        self._running()
+        route = fetch_route(decode_node, None, RETAIN_S, "", 0.0)
+        span = check_layers(namespace, layers)
+        return self.cluster.estimate_s(namespace, check_chain(keys, first, chain), span, route)
 
     async def release(self, leases: Sequence[Lease]) -> int:
         """Give leases back; how many had held until now."""
@@ -356,7 +471,9 @@ class AsyncClient:
 
             fetch_requests, fetch_blocks_hit, _miss, _corrupt, _timeout, _unavailable
             put_requests, put_blocks_stored, _exists, _conflict, _full, ...
-            fetch_bytes_direct, put_bytes_direct    payload that came and went, by path
+            fetch_bytes_direct, _relay, _peer, _agent    payload that came, by path
+            put_bytes_direct                             payload that went
+            blocks_moved       sent again another way, since the first was slow or silent
             lookup_requests, lookup_keys, lookup_hits
             corrupt_blocks     came damaged; those too of which another daemon had a good copy
             reconnects         links that were lost and are up again

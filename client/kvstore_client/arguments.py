@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from kvstore.endpoint import parse_endpoint
 from kvstore.errors import LocalProtocolError
 from kvstore.layout import NAMESPACE_ID_BYTES, check_keys, check_pool
 from kvstore.messages import (
     DEADLINE_MS_MAX,
     LEASE_MS_MAX,
+    NODE_ID_MAX,
+    REQUEST_NAME_MAX,
     AckLevel,
     Order,
     Pool,
     PoolAction,
+    Retain,
 )
 from kvstore.transfer import check_memory
-from kvstore_client.jobs import FetchJob, PutJob
+from kvstore_client.jobs import ANY_ROUTE, FetchJob, Offer, PutJob, Route
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import Chain
 
@@ -70,6 +74,67 @@ def check_chain(keys: Sequence[bytes], first: int, linked: bool) -> Chain:
     return Chain(keys, first, linked)
 
 
+def check_retain(retain_for: tuple[str, int] | None, retain_s: float) -> Retain | None:
+    """What is to be kept for an engine.
+
+    Raises:
+        LocalProtocolError: No name, a negative attempt, or kept longer than any agent does.
+    """
+    if retain_for is None:
+        return None
+    request, attempt = check_request(*retain_for)
+    return Retain(request=request, attempt=attempt, lease_ms=max(1, check_lease(retain_s)))
+
+
+def check_request(request: str, attempt: int) -> tuple[str, int]:
+    """An engine's name of a request, and the number of its attempt.
+
+    Raises:
+        LocalProtocolError: No name, a longer one than any agent takes, a negative attempt.
+    """
+    if not isinstance(request, str) or not 1 <= len(request) <= REQUEST_NAME_MAX:
+        raise LocalProtocolError(f"request={request!r}: 1 to {REQUEST_NAME_MAX} characters")
+    if not 0 <= attempt <= CAPACITY_BYTES_MAX:
+        raise LocalProtocolError(f"attempt={attempt}: 0 to {CAPACITY_BYTES_MAX}")
+    return request, attempt
+
+
+def check_layers(namespace: Namespace, layers: range | None) -> range:
+    """Consecutive layers of the blocks of a namespace; all by default.
+
+    Raises:
+        LocalProtocolError: None, or not within the block.
+    """
+    count = namespace.geometry.layer_count
+    span = range(count) if layers is None else layers
+    if span.step != 1 or not 0 <= span.start < span.stop <= count:
+        raise LocalProtocolError(
+            f"layers={layers}: must be consecutive and within range(0, {count})"
+        )
+    return span
+
+
+def fetch_route(
+    decode_node: str, retain_for: tuple[str, int] | None, retain_s: float, peer: str, wait_s: float
+) -> Route:
+    """How the blocks of a fetch may travel, see `AsyncClient.fetch`.
+
+    Raises:
+        LocalProtocolError: An argument is wrong; names it and what was expected.
+        ConfigError: `peer` is no endpoint.
+    """
+    if not (decode_node or retain_for or peer):
+        return ANY_ROUTE
+    if len(decode_node) > NODE_ID_MAX:
+        raise LocalProtocolError(f"decode_node={decode_node!r}: at most {NODE_ID_MAX} characters")
+    return Route(
+        decode_node=decode_node,
+        retain=check_retain(retain_for, retain_s),
+        peer=str(parse_endpoint(peer, "peer")) if peer else "",
+        wait_ms=math.ceil(check_deadline(wait_s) * 1e3),
+    )
+
+
 def check_pool_request(
     action: PoolAction, pool: str = "", generation: bytes = b"", capacity_bytes: int = 0
 ) -> Pool:
@@ -103,31 +168,28 @@ def fetch_job(
     group_layers: int,
     deadline_s: float,
     now: float,
+    route: Route = ANY_ROUTE,
 ) -> FetchJob:
     """A job for the arguments of `AsyncClient.fetch`; it has no handle yet.
 
     Args:
         now: Loop time.
+        route: As `fetch_route` makes it.
 
     Raises:
         LocalProtocolError: An argument is wrong; names it and what was expected.
     """
     deadline_s = check_deadline(deadline_s)
     wanted = check_chain(keys, first, chain)
-    geometry = namespace.geometry
-    span = range(geometry.layer_count) if layers is None else layers
-    if span.step != 1 or not 0 <= span.start < span.stop <= geometry.layer_count:
-        raise LocalProtocolError(
-            f"layers={layers}: must be consecutive and within range(0, {geometry.layer_count})"
-        )
+    span = check_layers(namespace, layers)
     if order not in list(Order):
         raise LocalProtocolError(f"order={order!r}: must be one of {', '.join(Order)}")
     if group_layers < 1:
         raise LocalProtocolError(f"group_layers={group_layers}: must be at least 1")
-    sizes = geometry.layer_bytes[span.start : span.stop]
+    sizes = namespace.geometry.layer_bytes[span.start : span.stop]
     memory = check_memory(into, len(wanted.wanted), sizes, "into", writable=True)
     groups = min(group_layers, len(span)) if order == Order.LAYER else 0
-    return FetchJob(namespace, wanted, memory, span, groups, now, deadline_s)
+    return FetchJob(namespace, wanted, memory, span, groups, now, deadline_s, route)
 
 
 def put_job(
@@ -139,10 +201,13 @@ def put_job(
     chain: bool,
     deadline_s: float,
     now: float,
+    offer: Offer | None = None,
 ) -> PutJob:
-    """A job for the arguments of `AsyncClient.put`; as `fetch_job`."""
+    """A job for the arguments of `AsyncClient.put` or `offer`; as `fetch_job`."""
     deadline_s = check_deadline(deadline_s)
     wanted = check_chain(keys, first, chain)
     sizes = namespace.geometry.layer_bytes
+    if offer is not None:
+        sizes = sizes[offer.layers.start : offer.layers.stop]
     memory = check_memory(blocks, len(wanted.wanted), sizes, "blocks", writable=False)
-    return PutJob(namespace, wanted, memory, now, deadline_s)
+    return PutJob(namespace, wanted, memory, now, deadline_s, offer)

@@ -14,11 +14,20 @@ from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import AckLevel, PoolInfo, Status
-from kvstore_client.aio import DEADLINE_S, AsyncClient
-from kvstore_client.arguments import check_ack, fetch_job, put_job
+from kvstore_client.aio import DEADLINE_S, RETAIN_S, AsyncClient
+from kvstore_client.arguments import (
+    check_ack,
+    check_layers,
+    check_lease,
+    fetch_job,
+    fetch_route,
+    put_job,
+)
 from kvstore_client.cluster import closed_error
-from kvstore_client.handles import FetchHandle, Lease, LookupResult, PutHandle
+from kvstore_client.handles import Claimed, FetchHandle, Lease, LookupResult, PutHandle
+from kvstore_client.jobs import Offer, PutJob
 from kvstore_client.namespaces import Namespace
+from kvstore_client.selector import Policy
 
 ResultT = TypeVar("ResultT")
 
@@ -50,6 +59,8 @@ class Client:
         deadline_s: float = DEADLINE_S,
         connect_timeout_s: float = 1.0,
         copies: int = 1,
+        relays: Sequence[str] = (),
+        policy: str = Policy.BALANCED,
         seed: int | None = None,
     ) -> None:
         self._client = AsyncClient(
@@ -59,6 +70,8 @@ class Client:
             deadline_s=deadline_s,
             connect_timeout_s=connect_timeout_s,
             copies=copies,
+            relays=relays,
+            policy=policy,
             seed=seed,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -150,6 +163,11 @@ class Client:
         order: str = "block",
         group_layers: int = 1,
         deadline_s: float | None = None,
+        decode_node: str = "",
+        retain_for: tuple[str, int] | None = None,
+        retain_s: float = RETAIN_S,
+        peer: str = "",
+        wait_s: float = 0.0,
     ) -> FetchHandle:
         """See `AsyncClient.fetch`."""
         job = fetch_job(
@@ -163,6 +181,7 @@ class Client:
             group_layers=group_layers,
             deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
             now=self._running().time(),
+            route=fetch_route(decode_node, retain_for, retain_s, peer, wait_s),
         )
         handle = job.handle = FetchHandle(
             job.deadline_s, lambda: self._soon(job.cancel), len(job.layers)
@@ -193,10 +212,61 @@ class Client:
             deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
             now=self._running().time(),
         )
-        handle = job.handle = PutHandle(job.deadline_s, lambda: self._soon(job.cancel))
-        if not self._soon(lambda: self._client.cluster.begin_put(job, level)):
-            job.give_up(closed_error())
-        return handle
+        return self._begin_put(job, level)
+
+    def offer(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        blocks: object,
+        *,
+        layers: range | None = None,
+        first: int = 0,
+        chain: bool = True,
+        offer_s: float = RETAIN_S,
+        deadline_s: float | None = None,
+    ) -> PutHandle:
+        """See `AsyncClient.offer`."""
+        span = check_layers(namespace, layers)
+        job = put_job(
+            namespace,
+            keys,
+            blocks,
+            first=first,
+            chain=chain,
+            deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
+            now=self._running().time(),
+            offer=Offer(span, check_lease(offer_s)),
+        )
+        return self._begin_put(job, AckLevel.MEMORY)
+
+    def claim(self, request: str, attempt: int = 0, *, lease_s: float = RETAIN_S) -> Claimed:
+        """See `AsyncClient.claim`."""
+        return self._wait(self._client.claim(request, attempt, lease_s=lease_s))
+
+    def estimate_s(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+        layers: range | None = None,
+        decode_node: str = "",
+    ) -> float:
+        """See `AsyncClient.estimate_s`."""
+
+        async def estimate() -> float:
+            return self._client.estimate_s(
+                namespace,
+                keys,
+                first=first,
+                chain=chain,
+                layers=layers,
+                decode_node=decode_node,
+            )
+
+        return self._wait(estimate())
 
     def release(self, leases: Sequence[Lease]) -> int:
         """See `AsyncClient.release`."""
@@ -252,6 +322,12 @@ class Client:
     def counters(self) -> dict[str, int]:
         """See `AsyncClient.counters`."""
         return self._client.counters()
+
+    def _begin_put(self, job: PutJob, level: AckLevel) -> PutHandle:
+        handle = job.handle = PutHandle(job.deadline_s, lambda: self._soon(job.cancel))
+        if not self._soon(lambda: self._client.cluster.begin_put(job, level)):
+            job.give_up(closed_error())
+        return handle
 
     def _running(self) -> asyncio.AbstractEventLoop:
         loop = self._loop

@@ -21,10 +21,20 @@ import msgspec
 
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import parse_endpoint
-from kvstore.errors import ConfigError, Draining, KVStoreError, RefusedError, TransportError
+from kvstore.errors import (
+    ConfigError,
+    Draining,
+    KVStoreError,
+    RefusedError,
+    TransportError,
+    Unsupported,
+)
+from kvstore.layout import Geometry
 from kvstore.loadreport import LoadReport, ReportTable
 from kvstore.messages import (
     AckLevel,
+    Claim,
+    ClaimReply,
     Delete,
     DeleteReply,
     FetchOutcome,
@@ -32,18 +42,35 @@ from kvstore.messages import (
     PutOutcome,
     Release,
     ReleaseReply,
+    Role,
 )
 from kvstore.wire import FrameType
 from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
-from kvstore_client.jobs import FetchJob, PutJob
+from kvstore_client.jobs import FetchJob, PutJob, Route
 from kvstore_client.link import KEY_METADATA_BYTES, LinkSetup, PeerLink
 from kvstore_client.lookup import ClusterLookup
 from kvstore_client.namespaces import FINAL_REFUSALS, Namespace
-from kvstore_client.paths.direct import DirectPath
+from kvstore_client.paths.base import FetchPath
+from kvstore_client.paths.direct import AgentPath, DirectPath
+from kvstore_client.paths.relay import RelayPath
 from kvstore_client.paths.store import StorePath
-from kvstore_client.placement import OWNERS_MAX, Chain, Placement, block_owners, by_owner, parts
+from kvstore_client.peers import PeerLinks, PeerWay
+from kvstore_client.placement import (
+    OWNERS_MAX,
+    Chain,
+    PlacedKeys,
+    Placement,
+    block_heads,
+    block_owners,
+    by_owner,
+    extents_of,
+    parts,
+)
+from kvstore_client.relays import Relays, check_relays
+from kvstore_client.selector import PathMeter, Policy, Span
+from kvstore_client.spread import Spread, Ways
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
@@ -51,9 +78,6 @@ logger = logging.getLogger(__name__)
 
 # Bytes of one PUT: half a millisecond of hashing before the first of them can be sent.
 PUT_BYTES_MAX = 16 * 1024 * 1024
-
-# From the one that says most to the one that says least, when two daemons were asked.
-_FETCH_RANKS = (FetchOutcome.CORRUPT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +88,10 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         token: Credentials.
         copies: Daemons that get each block: 1, or 2 to survive the loss of one.
         connect_timeout_s: For connecting, and for requests without payload.
-        seed: Of backoff and ramp-in; None draws one.
+        seed: Of backoff, ramp-in and the selector; None draws one.
+        relays: Endpoints of agents that may relay for this node.
+        policy: How fetches are spread over the paths.
+        role: How this node introduces itself.
     """
 
     node_id: str
@@ -72,9 +99,12 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     copies: int = 1
     connect_timeout_s: float = 1.0
     seed: int | None = None
+    relays: tuple[str, ...] = ()
+    policy: Policy = Policy.BALANCED
+    role: Role = Role.CLIENT
 
 
-class Cluster:
+class Cluster(Ways):
     """Links to all daemons, and the requests that run over them.
 
     Attributes:
@@ -93,13 +123,26 @@ class Cluster:
         if not 1 <= options.copies <= OWNERS_MAX:
             raise ConfigError("copies", options.copies, f"must be 1 to {OWNERS_MAX}")
         self._options = options
+        self._relay_endpoints = [
+            parse_endpoint(text, "relays") for text in check_relays(options.relays)
+        ]
+        for endpoint in self._relay_endpoints:
+            if str(endpoint) in self.endpoints:
+                raise ConfigError("relays", endpoint, "must not be one of the daemons")
         self._links: list[PeerLink] = []
+        self.relays = Relays(
+            options.node_id, options.policy, [], [], self.reports, random.Random(options.seed)
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: set[FetchJob | PutJob] = set()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop
-        self._direct: DirectPath
+        self._direct = DirectPath()
+        self._agent = AgentPath()
+        self._relay = RelayPath()
         self._store: StorePath
+        self._peers: PeerLinks | None = None
+        self._namespaces: dict[bytes, Namespace] = {}
         self._checksums: ChecksumMaker
 
     # --- life ------------------------------------------------------------------------------
@@ -108,21 +151,27 @@ class Cluster:
         """Begin to connect; return when each daemon has answered or failed once, or
         takes too long."""
         self._loop = asyncio.get_running_loop()
-        self._direct = DirectPath(self._loop)
         self._store = StorePath(self._loop)
         self._checksums = ChecksumMaker(self._loop)
         options = self._options
+        draws = random.Random(options.seed)
         setup = LinkSetup(
             node_id=options.node_id,
+            role=options.role,
             session=os.urandom(16),
             token=options.token,
             request_ids=itertools.count(1),
             timeout_s=options.connect_timeout_s,
             on_report=self._take_report,
-            draws=random.Random(options.seed),
+            draws=draws,
             counters=self.counters,
         )
         self._links = [PeerLink(self._loop, endpoint, setup) for endpoint in self._parsed]
+        agents = [PeerLink(self._loop, endpoint, setup) for endpoint in self._relay_endpoints]
+        self.relays = Relays(
+            options.node_id, options.policy, self._links, agents, self.reports, draws
+        )
+        self._peers = PeerLinks(self._loop, setup, self._namespaces)
         tries = [asyncio.ensure_future(link.tried()) for link in self._links]
         try:
             await asyncio.wait(tries, timeout=2 * options.connect_timeout_s)
@@ -136,10 +185,13 @@ class Cluster:
         for job in list(self._jobs):
             job.give_up(closed_error())
         # All that matters happens before the first wait, in case that is cancelled.
-        for link in self._links:
+        links = [*self._links, *self._others()]
+        for link in links:
             link.close()
-        for link in self._links:
+        for link in links:
             await link.ended()
+        if self._peers is not None:
+            await self._peers.ended()
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._checksums.close()
@@ -157,9 +209,19 @@ class Cluster:
             PermissionDenied: A daemon says that we may not.
             RefusedError: Every daemon refuses; what the first of them says.
         """
-        results = await asyncio.gather(
-            *(link.open_namespace(namespace) for link in self._links), return_exceptions=True
+        self._namespaces[namespace.id] = namespace
+        results, refused = await asyncio.gather(
+            asyncio.gather(
+                *(link.open_namespace(namespace) for link in self._links), return_exceptions=True
+            ),
+            asyncio.gather(
+                *(link.open_namespace(namespace) for link in self._others()),
+                return_exceptions=True,
+            ),
         )
+        for link, refusal in zip(self._others(), refused, strict=False):
+            if isinstance(refusal, KVStoreError):
+                logger.warning("%s: does not relay %r: %s", link.peer, namespace, refusal)
         refusals = 0
         for link, result in zip(self._links, results, strict=True):
             if isinstance(result, FINAL_REFUSALS):
@@ -173,7 +235,11 @@ class Cluster:
             raise results[0]
 
     async def lookup(
-        self, namespaces: Sequence[Namespace], chain: Chain, lease_ms: int, timeout_s: float
+        self,
+        namespaces: Sequence[Namespace],
+        chain: Chain | PlacedKeys,
+        lease_ms: int,
+        timeout_s: float,
     ) -> LookupResult:
         """Which blocks of a chain are stored in all namespaces; see `AsyncClient.lookup`."""
         deadline_at = self._loop.time() + timeout_s
@@ -208,7 +274,7 @@ class Cluster:
         )
         return sum(counts)
 
-    async def delete(self, namespace: Namespace, chain: Chain) -> list[bool]:
+    async def delete(self, namespace: Namespace, chain: Chain | PlacedKeys) -> list[bool]:
         """Remove the blocks of a chain wherever they may be; whether each was there.
 
         Raises:
@@ -219,7 +285,11 @@ class Cluster:
         extents = self._placement.extents(chain)
 
         async def ask(link: PeerLink, indices: Sequence[int]) -> None:
-            message = Delete(namespace=namespace.id, keys=[keys[index] for index in indices])
+            message = Delete(
+                namespace=namespace.id,
+                keys=[keys[index] for index in indices],
+                extents=extents_of(block_heads(chain), indices) if link.is_agent else (),
+            )
             reply = await link.call(FrameType.DELETE, message)
             assert isinstance(reply, DeleteReply)
             for index, gone in zip(indices, reply.deleted, strict=True):
@@ -261,72 +331,105 @@ class Cluster:
             for endpoint, link in zip(self.endpoints, self._links, strict=True)
         }
 
+    async def claim(self, request: str, attempt: int, lease_ms: int) -> ClaimReply:
+        """Take over what the agent of this node has retained; see `AsyncClient.claim`."""
+        link = self._agent_link("claim")
+        message = Claim(request=request, attempt=attempt, lease_ms=lease_ms)
+        reply = await link.call(FrameType.CLAIM, message)
+        assert isinstance(reply, ClaimReply)
+        return reply
+
+    def _agent_link(self, what: str) -> PeerLink:
+        if not self.attached:
+            raise _no_agent(what)
+        return self._links[0]
+
     # --- fetch -----------------------------------------------------------------------------
 
     def begin_fetch(self, job: FetchJob) -> None:
         """Run a fetch; its handle ends by itself."""
+        self._begin(job, partial(self._fetch, job))
 
-        async def run() -> None:
-            owners = block_owners(self._placement.extents(job.chain))
-            failed = [FetchOutcome.MISS] * len(owners)
-            await self._fetch_from(job, owners, 0, range(len(owners)), failed)
+    def estimate_s(self, namespace: Namespace, chain: Chain, layers: range, route: Route) -> float:
+        """How long a fetch would take if it began now; infinite if nothing can be reached."""
+        spans = _spans(block_owners(self._placement.extents(chain)))
+        offsets = namespace.geometry.offsets
+        block_bytes = offsets[layers.stop] - offsets[layers.start]
+        return self.relays.estimate_s(spans, block_bytes, route, self._loop.time())
 
-        self._begin(job, run)
+    async def _fetch(self, job: FetchJob) -> None:
+        route = job.route
+        attached = self.attached
+        if route.peer and not attached:
+            await self._fetch_from_peer(job)
+            return
+        owners = block_owners(self._placement.extents(job.chain))
+        choice = len(self.relays) > 0 and not route.direct_only
+        spread = Spread(self._loop, self, job, owners, chunked=choice)
+        if not choice:
+            spread.send(range(len(owners)))
+        else:
+            node_id = self.relays.node_id(route.decode_node) if route.decode_node else ""
+            if node_id != route.decode_node:
+                job.route = route = route._replace(decode_node=node_id)
+            now = self._loop.time()
+            plan = self.relays.plan(_spans(owners), job.span_bytes, route, now)
+            job.plan, job.estimate_s = plan.reason, plan.estimate_s
+            for first, last, _, relay in plan.runs:
+                spread.send(range(first, last), relay)
+            for first, last, daemon in plan.unreachable:
+                job.add_error(self._links[daemon].unavailable())
+                for index in range(first, last):
+                    spread.fail(index, FetchOutcome.UNAVAILABLE)
+        await spread.run()
 
-    async def _fetch_from(
-        self,
-        job: FetchJob,
-        owners: Sequence[tuple[int, ...]],
-        rank: int,
-        indices: Iterable[int],
-        failed: list[FetchOutcome],
-    ) -> None:
-        """Fetch blocks from their owner of this rank, and what it has not from the next."""
-        by_peer: defaultdict[int, list[int]] = defaultdict(list)
-        for index in indices:
-            by_peer[owners[index][rank]].append(index)
-        await _all(
-            self._fetch_run(job, owners, rank, part, failed)
-            for peer, group in by_peer.items()
-            for part in parts(group, self._links[peer].keys_max())
-        )
+    async def _fetch_from_peer(self, job: FetchJob) -> None:
+        assert self._peers is not None
+        try:
+            link = await self._peers.link(job.route.peer, job.namespace)
+        except KVStoreError as error:
+            job.give_up(error)
+            return
+        owners = [(0,)] * len(job.keys)
+        spread = Spread(self._loop, PeerWay(link), job, owners, chunked=False)
+        spread.send(range(len(owners)))
+        await spread.run()
 
-    async def _fetch_run(
-        self,
-        job: FetchJob,
-        owners: Sequence[tuple[int, ...]],
-        rank: int,
-        indices: Sequence[int],
-        failed: list[FetchOutcome],
-    ) -> None:
-        again: list[int] = []
+    # --- the ways of a spread --------------------------------------------------------------
 
-        def on_failed(index: int, outcome: FetchOutcome) -> None:
-            failed[index] = _worse(failed[index], outcome)
-            last = rank + 1 == len(owners[index])
-            if last or job.ended or not job.may_retry(index):
-                job.block_failed(index, failed[index])
-            else:
-                again.append(index)
+    @property
+    def attached(self) -> bool:
+        """Whether the only endpoint is the agent of this node."""
+        return len(self._links) == 1 and self._links[0].is_agent
 
-        link = self._links[owners[indices[0]][rank]]
-        async with link.fetch_slots:
-            if self._over(job):
-                return
-            refusal = link.refusal(job.namespace)
-            if refusal is None and link.allow():
-                await self._direct.fetch(link, job, indices, on_failed)
-            else:
-                job.add_error(refusal or link.unavailable())
-                for index in indices:
-                    on_failed(index, FetchOutcome.UNAVAILABLE)
-        if again and not self._over(job):
-            await self._fetch_from(job, owners, rank + 1, again, failed)
+    @property
+    def copied(self) -> bool:
+        return self._options.copies > 1
+
+    def daemon_way(self, owner: int) -> tuple[FetchPath, PeerLink, PathMeter]:
+        link = self._links[owner]
+        path = self._agent if link.is_agent else self._direct
+        return path, link, self.relays.inflight.direct
+
+    def relay_way(self, node_id: str) -> tuple[FetchPath, PeerLink, PathMeter]:
+        return self._relay, self.relays.link(node_id), self.relays.inflight.relays[node_id]
+
+    def spare_relay(self, job: FetchJob) -> str:
+        meter = self.relays.spare(job.route, self._loop.time())
+        return meter.node_id if meter is not None else ""
+
+    def _others(self) -> list[PeerLink]:
+        """Links beside those to daemons."""
+        peers = self._peers.links() if self._peers is not None else []
+        return [*self.relays.links, *peers]
 
     # --- put -------------------------------------------------------------------------------
 
     def begin_put(self, job: PutJob, ack: AckLevel) -> None:
         """Run a put; its handle ends by itself."""
+        if job.offer is not None and not self.attached:
+            job.give_up(_no_agent("offer"))
+            return
 
         async def run() -> None:
             owners = block_owners(self._placement.extents(job.chain))
@@ -354,7 +457,7 @@ class Cluster:
         await _all(
             self._put_run(job, owners, rank, part, ack, spare)
             for peer, group in by_peer.items()
-            for part in parts(group, self._put_blocks_max(job.namespace, peer))
+            for part in parts(group, self._put_blocks_max(job.geometry, peer))
         )
 
     async def _put_run(
@@ -393,9 +496,8 @@ class Cluster:
         for index in again:
             job.block_done(index, PutOutcome.UNAVAILABLE)
 
-    def _put_blocks_max(self, namespace: Namespace, peer: int) -> int:
+    def _put_blocks_max(self, geometry: Geometry, peer: int) -> int:
         """Blocks of one PUT: bounded by the frame of its announcement, and by its bytes."""
-        geometry = namespace.geometry
         each_bytes = KEY_METADATA_BYTES + geometry.layer_count * CHECKSUM_BYTES
         sized = PUT_BYTES_MAX // geometry.block_bytes
         return max(1, min(self._links[peer].keys_max(each_bytes), sized))
@@ -441,12 +543,22 @@ def closed_error() -> TransportError:
     return TransportError("the client was closed")
 
 
-def _worse(known: FetchOutcome, outcome: FetchOutcome) -> FetchOutcome:
-    """What to say of a block that failed at two daemons."""
-    for rank in _FETCH_RANKS:
-        if rank in (known, outcome):
-            return rank
-    return FetchOutcome.MISS
+def _no_agent(what: str) -> Unsupported:
+    return Unsupported(
+        f"{what}: only the agent of this node does that, and it is not there; its unix socket,"
+        " alone, is the endpoint to give"
+    )
+
+
+def _spans(owners: Sequence[tuple[int, ...]]) -> list[Span]:
+    """Consecutive blocks with the same first owner."""
+    spans: list[Span] = []
+    first = 0
+    for index in range(1, len(owners) + 1):
+        if index == len(owners) or owners[index][0] != owners[first][0]:
+            spans.append(Span(first, index, owners[first][0]))
+            first = index
+    return spans
 
 
 async def _all(runs: Iterable[Coroutine[Any, Any, None]]) -> None:

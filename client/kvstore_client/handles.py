@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from kvstore.errors import RefusedError, TransportTimeout
-from kvstore.messages import FetchOutcome, PutOutcome, Tier
+from kvstore.messages import FetchOutcome, PutOutcome, ServedBy, Tier
 
 # How much later than its deadline a handle may end before the library is declared stuck
 # (a starved loop thread); only then does `result` raise instead of returning outcomes.
@@ -57,6 +57,10 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
             come, because of the deadline, a cancel or a broken link, a hit has Tier.NONE too.
         runs: What the blocks travelled in; those tried again are in two.
         run_of_block: For each key the index of its last run, -1 if it was in none.
+        served_by: By which path each hit came. Through the agent of this node it is the path
+            by which the agent got it, HELD if it had it already.
+        plan: Why the blocks went which way, for people.
+        estimate_s: How long that was expected to take; 0.0 without relays to choose from.
         bytes: Bytes of hits that are in the caller's memory.
         elapsed_s: From the call to the outcome.
         errors: What went wrong, as exceptions, once each; empty when all is well.
@@ -69,6 +73,9 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     elapsed_s: float
     errors: list[Exception]
+    served_by: list[ServedBy] = []
+    plan: str = ""
+    estimate_s: float = 0.0
 
     @property
     def hit_count(self) -> int:
@@ -308,6 +315,25 @@ class Lease(msgspec.Struct, frozen=True):
     endpoint: str
     number: int
     duration_s: float = 0.0
+
+
+class Claimed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the agent of this node had retained for a request.
+
+    Attributes:
+        lease: Keeps the blocks; number 0 if there is nothing.
+        block_count: Blocks that are at the agent, or on their way to it.
+        bytes: Of those that are there.
+    """
+
+    lease: Lease
+    block_count: int
+    bytes: int
+
+    @property
+    def found(self) -> bool:
+        """Whether anything was retained, and is ours now."""
+        return self.lease.number != 0
 
 
 class LookupResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 from kvstore.checksum import block_seed, layer_checksums
+from kvstore.layout import Geometry
 from kvstore.transfer import BlockMemory
 from kvstore_client.jobs import PutJob
 from kvstore_client.namespaces import Namespace
@@ -18,14 +19,21 @@ INLINE_BYTES_MAX = 1024 * 1024
 THREADS = 2
 
 
-def block_checksums(namespace: Namespace, key: bytes, memory: BlockMemory) -> bytes:
-    """Layer checksums of a block in the caller's memory, as a PUT announces them."""
+def block_checksums(
+    namespace: Namespace, key: bytes, memory: BlockMemory, geometry: Geometry, layer_first: int
+) -> bytes:
+    """Layer checksums of a block in the caller's memory, as a PUT announces them.
+
+    Args:
+        geometry: Of the layers that the memory holds.
+        layer_first: The first of these layers.
+    """
     layers: Sequence[memoryview]
     if isinstance(memory, memoryview):
-        layers = [memory[a:b] for a, b in pairwise(namespace.geometry.offsets)]
+        layers = [memory[a:b] for a, b in pairwise(geometry.offsets)]
     else:
         layers = memory
-    return layer_checksums(layers, block_seed(namespace.id, key))
+    return layer_checksums(layers, block_seed(namespace.id, key), layer_first)
 
 
 class ChecksumMaker:
@@ -42,13 +50,19 @@ class ChecksumMaker:
         """Checksums of some blocks of a job, packed. Borrows the job's memory meanwhile, also
         when the waiting task is cancelled."""
 
+        made = job.checksums
+        if made is not None:
+            return b"".join(made[index] for index in indices)
+
         def make() -> bytes:
             return b"".join(
-                block_checksums(job.namespace, job.keys[index], job.memory[index])
+                block_checksums(
+                    job.namespace, job.keys[index], job.memory[index], job.geometry, job.layer_first
+                )
                 for index in indices
             )
 
-        if len(indices) * job.namespace.geometry.block_bytes <= INLINE_BYTES_MAX:
+        if len(indices) * job.geometry.block_bytes <= INLINE_BYTES_MAX:
             return make()
         hashing = self._executor.submit(make)
         job.borrow(hashing, lambda: None)  # it takes a millisecond: nothing to be stopped

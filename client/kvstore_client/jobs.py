@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from kvstore.errors import KVStoreError
 from kvstore.layout import Geometry, PieceMap
-from kvstore.messages import FetchOutcome, PutOutcome, Tier
-from kvstore.transfer import PENDING, BlockMemory
+from kvstore.messages import FetchOutcome, PutOutcome, Retain, ServedBy, Tier
+from kvstore.relaytransfer import LayerSink, RelayTransfer
+from kvstore.transfer import PENDING, BlockMemory, FetchTransfer
 from kvstore_client.handles import FetchHandle, FetchResult, PutHandle, PutResult, Run
 from kvstore_client.namespaces import Namespace
-from kvstore_client.placement import Chain
+from kvstore_client.placement import Chain, PlacedKeys, block_heads, extents_of
 
 # By their numbers, since making a member of an enumeration costs more than all else a block.
 _FETCH_OUTCOMES = tuple(FetchOutcome)
 _PUT_OUTCOMES = tuple(PutOutcome)
 _TIERS = tuple(Tier)
+_SERVED_BY = tuple(ServedBy)
 # From the best to the worst, when two daemons were asked.
 _PUT_RANKS = {
     outcome: rank
@@ -37,6 +40,33 @@ _PUT_RANKS = {
         )
     )
 }
+
+
+class Route(NamedTuple):
+    """How the blocks of a fetch may travel.
+
+    Attributes:
+        direct_only: By this node's own storage link only.
+        peer: Endpoint of the agent that holds them: by the path peer, never from storage. At
+            the agent of this node, what is not there comes from storage.
+        decode_node: Node id of the relay that is best, since its engine needs the bytes too.
+        retain: What the decode node is to keep for its engine.
+        wait_ms: How long a peer may wait for blocks that it does not hold yet.
+        priority: Lower goes first among the requests of this node at a daemon.
+        hops: Nodes that have passed the request on.
+    """
+
+    direct_only: bool = False
+    peer: str = ""
+    decode_node: str = ""
+    retain: Retain | None = None
+    wait_ms: int = 0
+    priority: int = 0
+    hops: int = 0
+
+
+#: Any way, nothing special.
+ANY_ROUTE = Route()
 
 
 class Job:
@@ -56,7 +86,9 @@ class Job:
 
     handle: FetchHandle | PutHandle
 
-    def __init__(self, namespace: Namespace, chain: Chain, now: float, deadline_s: float) -> None:
+    def __init__(
+        self, namespace: Namespace, chain: Chain | PlacedKeys, now: float, deadline_s: float
+    ) -> None:
         keys = chain.wanted
         self.namespace = namespace
         self.chain = chain
@@ -74,9 +106,16 @@ class Job:
         self.ended = False
         self.bytes = 0
         # How to stop the runs under way.
+        self._heads: list[bytes] | None = None
         self._stops: dict[object, Callable[[], None]] = {}
         # Runs whose peers may still touch the caller's memory.
         self._borrower_count = 0
+
+    def extents(self, indices: Sequence[int]) -> tuple[tuple[int, bytes], ...]:
+        """Where some of the blocks lie, for a request to an agent."""
+        if self._heads is None:
+            self._heads = block_heads(self.chain)
+        return extents_of(self._heads, indices)
 
     def add_run(self, run: Run, indices: Sequence[int]) -> None:
         """A run has ended: note who served which blocks."""
@@ -145,24 +184,37 @@ class FetchJob(Job):
     Args:
         memory: The caller's memory of each block, for the layers asked for.
         group_layers: Layers in a group for order=layer, 0 for order=block.
+        route: How the blocks may travel.
+
+    Attributes:
+        served_by: One `ServedBy` a key.
+        plan: Why the blocks went which way.
+        estimate_s: How long that was expected to take; 0.0 if nobody has estimated it.
+        on_block: Called once for each key with its final outcome, as soon as that is known.
     """
 
     def __init__(
         self,
         namespace: Namespace,
-        chain: Chain,
+        chain: Chain | PlacedKeys,
         memory: Sequence[BlockMemory],
         layers: range,
         group_layers: int,
         now: float,
         deadline_s: float,
+        route: Route = ANY_ROUTE,
     ) -> None:
         super().__init__(namespace, chain, now, deadline_s)
         keys = self.keys
         self.memory = memory
         self.layers = layers
         self.group_layers = group_layers
+        self.route = route
         self.tiers = bytearray(len(keys))
+        self.served_by = bytearray(len(keys))
+        self.plan = ""
+        self.estimate_s = 0.0
+        self.on_block: Callable[[int, int], None] | None = None
         self.handle: FetchHandle
         self._geometry: Geometry = namespace.geometry
         group_count = self.pieces(1).group_count
@@ -183,10 +235,60 @@ class FetchJob(Job):
             self.group_layers,
         )
 
+    def groups_done(self, index: int) -> int:
+        """Groups of a block that are here: a request for the rest begins after them."""
+        return self._groups_done[index]
+
     def may_retry(self, index: int) -> bool:
-        """Whether a block may be asked for again: only if none of its layers was published,
-        since a reader may be using those."""
-        return self._group_count == 1 or self._groups_done[index] == 0
+        """Whether what is missing of a block may be asked for again."""
+        return True
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes asked for of each block."""
+        offsets = self._geometry.offsets
+        return offsets[self.layers.stop] - offsets[self.layers.start]
+
+    def transfer(
+        self, indices: Sequence[int], on_failed: Callable[[int, FetchOutcome], None]
+    ) -> FetchTransfer:
+        """What receives some of the blocks; as many groups of each must be here already.
+
+        Args:
+            on_failed: Called with (index of the job, outcome), see `FetchPath.fetch`.
+        """
+        done = self._groups_done[indices[0]]
+        first = self.layers.start + done * self.group_layers
+        pieces = PieceMap(self._geometry, len(indices), first, self.layers.stop, self.group_layers)
+        memory = [self.memory[index] for index in indices]
+        if done:
+            memory = [self._after(block, first) for block in memory]
+        return self._transfer(
+            [self.keys[index] for index in indices],
+            pieces,
+            memory,
+            lambda index, group: self.piece_arrived(indices[index], done + group),
+            lambda index, outcome: on_failed(indices[index], _FETCH_OUTCOMES[outcome]),
+            indices,
+        )
+
+    def _transfer(
+        self,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        memory: Sequence[BlockMemory],
+        on_piece: Callable[[int, int], None],
+        on_failed: Callable[[int, int], None],
+        indices: Sequence[int],
+    ) -> FetchTransfer:
+        return FetchTransfer(self.namespace.id, keys, pieces, memory, on_piece, on_failed)
+
+    def _after(self, memory: BlockMemory, layer: int) -> BlockMemory:
+        """The memory of a block from a layer on."""
+        if isinstance(memory, memoryview):
+            offsets = self._geometry.offsets
+            return memory[offsets[layer] - offsets[self.layers.start] :]
+        return memory[layer - self.layers.start :]
 
     def piece_arrived(self, index: int, group: int) -> None:
         """A piece of a block is in the caller's memory and was verified."""
@@ -195,6 +297,8 @@ class FetchJob(Job):
         self._waiting[group] -= 1
         if group + 1 == self._group_count:
             self.outcomes[index] = FetchOutcome.HIT
+            if self.on_block is not None:
+                self.on_block(index, FetchOutcome.HIT)
         self._publish()
 
     def block_failed(self, index: int, outcome: int) -> None:
@@ -205,6 +309,8 @@ class FetchJob(Job):
         self._failed = True
         for group in range(self._groups_done[index], self._group_count):
             self._waiting[group] -= 1
+        if self.on_block is not None:
+            self.on_block(index, outcome)
         self._publish()
 
     def time_out(self) -> None:
@@ -226,14 +332,16 @@ class FetchJob(Job):
             self.block_failed(index, outcome)
         self.on_end()
         outcomes = [_FETCH_OUTCOMES[number] for number in self.outcomes]
-        span = self.pieces(1).span_bytes
         self.handle._publish_outcome(
             FetchResult(
                 outcomes=outcomes,
                 tiers=[_TIERS[number] for number in self.tiers],
+                served_by=[_SERVED_BY[number] for number in self.served_by],
+                plan=self.plan,
+                estimate_s=self.estimate_s,
                 runs=self.runs,
                 run_of_block=self.run_of_block,
-                bytes=outcomes.count(FetchOutcome.HIT) * span,
+                bytes=outcomes.count(FetchOutcome.HIT) * self.span_bytes,
                 elapsed_s=elapsed_s,
                 errors=self.errors,
             )
@@ -250,23 +358,115 @@ class FetchJob(Job):
             self.handle._publish_layers(min(first * step, len(self.layers)), self._failed)
 
 
-class PutJob(Job):
-    """A put.
+class FillJob(FetchJob):
+    """A fetch into memory from which the blocks are passed on while they arrive.
 
     Args:
-        memory: The caller's memory of each block, all layers.
+        sink: Is told of layers as they come; its indices are those of the job.
+        verify: Whether layers are compared with their checksums before.
     """
 
     def __init__(
         self,
         namespace: Namespace,
-        chain: Chain,
+        chain: Chain | PlacedKeys,
+        memory: Sequence[BlockMemory],
+        layers: range,
+        group_layers: int,
+        now: float,
+        deadline_s: float,
+        sink: LayerSink,
+        verify: bool,
+        route: Route = ANY_ROUTE,
+    ) -> None:
+        super().__init__(namespace, chain, memory, layers, group_layers, now, deadline_s, route)
+        self._sink = sink
+        self._verify = verify
+        #: For each block the layer up to which its layers may have been passed on.
+        self.told = [layers.start] * len(self.keys)
+
+    def may_retry(self, index: int) -> bool:
+        # What was passed on must not be overwritten, with whatever version of the block.
+        layer = self.layers.start + self.groups_done(index) * self.group_layers
+        return self.told[index] <= layer
+
+    def _transfer(
+        self,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        memory: Sequence[BlockMemory],
+        on_piece: Callable[[int, int], None],
+        on_failed: Callable[[int, int], None],
+        indices: Sequence[int],
+    ) -> FetchTransfer:
+        sink = _RunSink(self._sink, indices, self.told)
+        return RelayTransfer(
+            self.namespace.id, keys, pieces, memory, on_piece, on_failed, sink, self._verify
+        )
+
+
+class _RunSink:
+    """Tells of the layers of a run by the indices of its job."""
+
+    def __init__(self, sink: LayerSink, indices: Sequence[int], told: list[int]) -> None:
+        self._sink = sink
+        self._indices = indices
+        self._told = told
+
+    def checksums_known(self, index: int, layer_first: int, checksums: bytes) -> None:
+        self._sink.checksums_known(self._indices[index], layer_first, checksums)
+
+    def layers_arrived(self, index: int, layer_first: int, layer_last: int) -> None:
+        number = self._indices[index]
+        self._told[number] = layer_last
+        self._sink.layers_arrived(number, layer_first, layer_last)
+
+
+class Offer(NamedTuple):
+    """Layers of blocks that are kept at the agent of this node, for peers that pull them.
+
+    Attributes:
+        layers: Which layers; consecutive.
+        lease_ms: How long they are kept.
+    """
+
+    layers: range
+    lease_ms: int
+
+
+class PutJob(Job):
+    """A put.
+
+    Args:
+        memory: The caller's memory of each block: all layers, or those of the offer.
+        offer: What is offered to peers; None for what is to be stored.
+        checksums: Of all layers of each block, where their writer has made them already.
+
+    Attributes:
+        geometry: Of the layers that the memory of a block holds.
+        layer_first: The first of these layers.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        chain: Chain | PlacedKeys,
         memory: Sequence[BlockMemory],
         now: float,
         deadline_s: float,
+        offer: Offer | None = None,
+        checksums: Sequence[bytes] | None = None,
     ) -> None:
         super().__init__(namespace, chain, now, deadline_s)
         self.memory = memory
+        self.offer = offer
+        self.checksums = checksums
+        self.geometry = namespace.geometry
+        self.layer_first = 0
+        if offer is not None:
+            layers = offer.layers
+            self.layer_first = layers.start
+            self.geometry = Geometry(namespace.geometry.layer_bytes[layers.start : layers.stop])
         self.handle: PutHandle
 
     def block_done(self, index: int, outcome: PutOutcome) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,7 +53,7 @@ from kvstore.transfer import FetchTransfer, PutTransfer
 from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
 from kvstore.wire import FrameType
-from kvstore_client.breaker import Backoff, BreakerState, CircuitBreaker
+from kvstore_client.breaker import RAMP_SHARE_MIN, Backoff, BreakerState, CircuitBreaker
 from kvstore_client.namespaces import Namespace, WantedNamespaces
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What all links of a client have in common.
 
     Attributes:
-        node_id, session, token: How we introduce ourselves.
+        node_id, role, session, token: How we introduce ourselves.
         request_ids: Ids that are unique within the session.
         timeout_s: For connecting, and for requests without payload.
         on_report: Called with every load report that comes.
@@ -96,6 +97,7 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     node_id: str
+    role: Role = Role.CLIENT
     session: bytes
     token: str
     request_ids: itertools.count[int]
@@ -147,6 +149,31 @@ class PeerLink:
     def up(self) -> bool:
         """Whether requests can be sent now."""
         return self._channels is not None
+
+    @property
+    def usable(self) -> bool:
+        """Whether requests can be sent now to a peer that is not shutting down, as far as is
+        known; the breaker has its own say."""
+        return self._channels is not None and not self._going_away
+
+    def share(self, now: float) -> float:
+        """The share of requests that may be sent now, from 0 to 1."""
+        if not self.usable:
+            return 0.0
+        if self.breaker.state is BreakerState.OPEN and now >= (self.breaker.retry_at or 0.0):
+            return RAMP_SHARE_MIN  # somebody must be the probe
+        return self.breaker.share(now)
+
+    def silent_s(self, now: float) -> float:
+        """How long nothing at all has come from the peer."""
+        if self._channels is None:
+            return math.inf
+        return now - max(connection.received_at for connection in self._channels)
+
+    @property
+    def is_agent(self) -> bool:
+        """Whether the peer is the agent of a node, and no daemon."""
+        return self.welcome is not None and self.welcome.role is Role.AGENT
 
     @property
     def peer(self) -> str:
@@ -204,6 +231,15 @@ class PeerLink:
         self._namespaces.add(namespace)
         if self._channels is not None:
             await self._namespaces.open(namespace, partial(self._ask_open, self._channels.control))
+
+    def wants(self, namespace: Namespace) -> bool:
+        """Whether a namespace is open, or opened whenever the link comes up."""
+        return self._namespaces.wanted(namespace)
+
+    @property
+    def fetching(self) -> bool:
+        """Whether fetches are under way."""
+        return self._channels is not None and _client(self._channels.fetch).call_count > 0
 
     def refusal(self, namespace: Namespace) -> RefusedError | None:
         """Why the peer does not serve a namespace; None if it does. What may have changed
@@ -440,7 +476,7 @@ class PeerLink:
             self._take_down(reason)
 
         setup = self._setup
-        hello = hello_message(setup.node_id, Role.CLIENT, setup.session, channel, setup.token)
+        hello = hello_message(setup.node_id, setup.role, setup.session, channel, setup.token)
         protocol = ClientProtocol(hello, settle, self._goaway)
         connection = FrameConnection(self._loop, stream, protocol, on_closed)
         try:

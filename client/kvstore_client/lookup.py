@@ -15,7 +15,15 @@ from kvstore.wire import FrameType
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.link import PeerLink
 from kvstore_client.namespaces import Namespace
-from kvstore_client.placement import Chain, Extent, by_owner, parts
+from kvstore_client.placement import (
+    Chain,
+    Extent,
+    PlacedKeys,
+    block_heads,
+    by_owner,
+    extents_of,
+    parts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +43,7 @@ class ClusterLookup:
         loop: asyncio.AbstractEventLoop,
         links: Sequence[PeerLink],
         namespaces: Sequence[Namespace],
-        chain: Chain,
+        chain: Chain | PlacedKeys,
         lease_ms: int,
         deadline_at: float,
     ) -> None:
@@ -43,6 +51,7 @@ class ClusterLookup:
         self._links = links
         self._namespaces = namespaces
         self._keys = chain.wanted
+        self._chain = chain
         self._lease_ms = lease_ms
         self._deadline_at = deadline_at
         self._hits = bytearray(len(self._keys))
@@ -101,6 +110,7 @@ class ClusterLookup:
             namespaces=tuple(namespace.id for namespace in self._namespaces),
             keys=[self._keys[index] for index in indices],
             lease_ms=lease_ms,
+            extents=extents_of(block_heads(self._chain), indices) if link.is_agent else (),
         )
         try:
             reply = await link.call(FrameType.LOOKUP, message, left_s, partial(_too_late, link))

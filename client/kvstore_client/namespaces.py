@@ -77,6 +77,10 @@ class WantedNamespaces:
         """Want a namespace from now on."""
         self._wanted[namespace.id] = namespace
 
+    def wanted(self, namespace: Namespace) -> bool:
+        """Whether a namespace was added."""
+        return namespace.id in self._wanted
+
     def refusal(self, namespace: Namespace) -> RefusedError | None:
         """Why the peer does not serve a namespace; None if it does, as far as is known."""
         return self._refusals.get(namespace.id)

@@ -55,6 +55,10 @@ class Stream(abc.ABC):
             TransportError: The stream is broken.
         """
 
+    def unsent_bytes(self) -> int:
+        """What `send` has taken and the network has not; 0 where the transport cannot tell."""
+        return 0
+
     @abc.abstractmethod
     def end_sending(self) -> None:
         """Tell the peer that nothing follows; receiving goes on. Never raises."""

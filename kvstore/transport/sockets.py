@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable, Sequence
 
 from kvstore.endpoint import Endpoint
-from kvstore.errors import TransportError, TransportTimeout
+from kvstore.errors import ConfigError, TransportError, TransportTimeout
 from kvstore.transport.base import Buffer, Listener, Stream
+from kvstore.transport.marking import Marking
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,11 @@ KEEPALIVE_PROBES = 3
 
 # How long until a full backlog of a unix socket is tried again; nothing tells of room there.
 BACKLOG_RETRY_S = 0.01
+
+# Of linux/sockios.h: bytes in the send queue of a TCP socket that were never sent; those that
+# wait for an acknowledgement are not counted.
+_SIOCOUTQNSD = 0x894B
+_INT = struct.Struct("i")
 
 _DESCRIPTOR_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -67,6 +75,15 @@ class SocketStream(Stream):
         except OSError as error:
             raise TransportError(f"send to {self.peer}: {error}") from error
 
+    def unsent_bytes(self) -> int:
+        if self.transport != "tcp":
+            return 0
+        try:
+            answer = fcntl.ioctl(self._sock.fileno(), _SIOCOUTQNSD, bytes(_INT.size))
+        except (OSError, ValueError):  # closed; ValueError: and its descriptor is -1
+            return 0
+        return int(_INT.unpack(answer)[0])
+
     def end_sending(self) -> None:
         with contextlib.suppress(OSError):  # the peer may be gone
             self._sock.shutdown(socket.SHUT_WR)
@@ -87,8 +104,38 @@ def _peer_name(endpoint: Endpoint, address: tuple[str, int]) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _mark(sock: socket.socket, marking: Marking | None) -> None:
+    """Have a TCP socket mark what it sends.
+
+    Raises:
+        ConfigError: The system refuses it.
+    """
+    if marking is None:
+        return
+    # The upper six bits of the byte that IPv4 calls type of service and IPv6 traffic class;
+    # the kernel keeps the lower two, congestion notification, to itself.
+    tos = marking.dscp << 2
+    # A socket of IPv6 sends by IPv4 to mapped addresses, and has both. The priority comes
+    # last: the kernel derives another from IP_TOS.
+    options = [
+        ("dscp", marking.dscp, socket.IPPROTO_IP, socket.IP_TOS, tos),
+        ("priority", marking.priority, socket.SOL_SOCKET, socket.SO_PRIORITY, marking.priority),
+    ]
+    if sock.family == socket.AF_INET6:
+        ipv6 = socket.IPPROTO_IPV6
+        options.insert(0, ("dscp", marking.dscp, ipv6, socket.IPV6_TCLASS, tos))
+    for option, value, level, name, number in options:
+        try:
+            sock.setsockopt(level, name, number)
+        except OSError as error:
+            raise ConfigError(option, value, f"the system refuses it: {error}") from error
+
+
 async def connect_socket(
-    loop: asyncio.AbstractEventLoop, endpoint: Endpoint, timeout_s: float
+    loop: asyncio.AbstractEventLoop,
+    endpoint: Endpoint,
+    timeout_s: float,
+    marking: Marking | None = None,
 ) -> SocketStream:
     """Connect a stream socket. Raises as `kvstore.transport.connect` says."""
     try:
@@ -96,7 +143,7 @@ async def connect_socket(
             if endpoint.scheme == "unix":
                 sock = await _connect_unix(_unix_address(endpoint.path))
             else:
-                sock = await _connect_tcp(loop, endpoint, loop.time() + timeout_s)
+                sock = await _connect_tcp(loop, endpoint, loop.time() + timeout_s, marking)
     except TimeoutError as error:
         raise TransportTimeout(f"connect to {endpoint}: no answer in {timeout_s:g} s") from error
     except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
@@ -105,7 +152,7 @@ async def connect_socket(
 
 
 async def _connect_tcp(
-    loop: asyncio.AbstractEventLoop, endpoint: Endpoint, deadline: float
+    loop: asyncio.AbstractEventLoop, endpoint: Endpoint, deadline: float, marking: Marking | None
 ) -> socket.socket:
     """Try all addresses of a host: "localhost" has two, and a peer may listen on one."""
     found = await loop.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
@@ -114,6 +161,7 @@ async def _connect_tcp(
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.setblocking(False)
+            _mark(sock, marking)
             # An address that does not answer leaves time for the next.
             share_s = (deadline - loop.time()) / (len(found) - position)
             async with asyncio.timeout(share_s):
@@ -151,10 +199,11 @@ async def _connect_unix(address: str) -> socket.socket:
             return sock
 
 
-def _bind(endpoint: Endpoint) -> socket.socket:
+def _bind(endpoint: Endpoint, marking: Marking | None) -> socket.socket:
     """A bound and listening socket.
 
     Raises:
+        ConfigError: The system refuses the marking.
         OSError, UnicodeError: The address is taken, not ours, or no address.
     """
     family = socket.AF_UNIX
@@ -171,6 +220,7 @@ def _bind(endpoint: Endpoint) -> socket.socket:
             _remove_stale_socket(endpoint.path)
         else:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            _mark(sock, marking)  # for the answers to who connects, which the kernel gives
         sock.bind(address)
         sock.listen(LISTEN_BACKLOG)
         sock.setblocking(False)
@@ -183,12 +233,13 @@ def _bind(endpoint: Endpoint) -> socket.socket:
 class SocketListener(Listener):
     """A bound and listening stream socket."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, marking: Marking | None = None) -> None:
         try:
-            sock = _bind(endpoint)
+            sock = _bind(endpoint, marking)
         except (OSError, UnicodeError) as error:
             raise TransportError(f"listen on {endpoint}: {error}") from error
         self._sock = sock
+        self._marking = marking if endpoint.scheme == "tcp" else None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_stream: Callable[[Stream], None] | None = None
         self.endpoint = endpoint
@@ -232,6 +283,14 @@ class SocketListener(Listener):
                     self._loop.call_later(ACCEPT_PAUSE_S, self._resume)
                     return
                 logger.info("accept on %s: %s", self.endpoint, error)
+                continue
+            try:
+                # Not left to what the listener bequeaths: where the host mirrors its peers
+                # (net.ipv4.tcp_reflect_tos) it is the peer's mark.
+                _mark(sock, self._marking)
+            except ConfigError as error:
+                logger.error("cannot accept on %s: %s", self.endpoint, error)
+                sock.close()
                 continue
             peer = _peer_name(self.endpoint, address)
             self._on_stream(SocketStream(sock, self.endpoint.scheme, peer))

@@ -7,33 +7,161 @@ tried; it never raises for what a peer, a disk or a network did.
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from kvstore.messages import FetchOutcome
+from kvstore.messages import Done, Fetch, FetchOutcome, ServedBy
+from kvstore.protocol import Reply
+from kvstore.transfer import PENDING
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import PeerLink
+from kvstore_client.paths.exchange import Exchange
 
 
 class FetchPath(abc.ABC):
-    """One way from storage into the caller's memory."""
+    """One way from storage, or another node, into the caller's memory."""
 
     #: Name in attribution and metrics.
     name: str
+    #: The same for `FetchResult.served_by`.
+    way: ServedBy
 
     @abc.abstractmethod
-    async def fetch(
+    def terms(self, link: PeerLink, job: FetchJob, indices: Sequence[int]) -> dict[str, Any]:
+        """What a FETCH by this path says beside what is asked for: fields by name."""
+
+
+class Shipment:
+    """Some blocks of a job, on their way from one peer by one path: one request.
+
+    Args:
+        indices: Which blocks; not more than the peer takes in one request, and as many groups
+            of each are here already.
+        on_failed: Called with the outcome of every block that is no hit, once, as soon as it is
+            known. Whether it is final is the caller's decision.
+        on_bytes: Called with the bytes that have arrived, a frame at a time.
+
+    Attributes:
+        size_bytes: What was asked for.
+        arrived_bytes: What of that has come.
+        begun_at: Loop time of the request.
+        moved_at: Loop time at which the last of it came, or of the request.
+    """
+
+    def __init__(
         self,
+        loop: asyncio.AbstractEventLoop,
+        path: FetchPath,
         link: PeerLink,
         job: FetchJob,
         indices: Sequence[int],
         on_failed: Callable[[int, FetchOutcome], None],
+        on_bytes: Callable[[int], None],
     ) -> None:
-        """Fetch some blocks of a job from one peer; return when the request has ended.
+        self.indices = indices
+        self.arrived_bytes = 0
+        self.begun_at = self.moved_at = loop.time()
+        self._loop = loop
+        self._path = path
+        self._link = link
+        self._job = job
+        self._on_bytes = on_bytes
+        self._done: asyncio.Future[None] = loop.create_future()
+        self._exchange: Exchange | None = None  # while it is not sent
+        self._transfer = job.transfer(indices, on_failed)
+        self._transfer.on_bytes = self._arrived
+        self.size_bytes = len(indices) * self._transfer.pieces.span_bytes
+        self._request_id = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended or was taken back."""
+        return self._done.done()
+
+    def pending(self) -> list[int]:
+        """Blocks that have no outcome yet."""
+        return [
+            index
+            for index, outcome in zip(self.indices, self._transfer.outcomes, strict=True)
+            if outcome == PENDING
+        ]
+
+    async def run(self) -> None:
+        """Send the request; return when it has ended, or was taken back.
 
         Pieces that arrive and verify are reported to the job at once.
-
-        Args:
-            indices: Which blocks; not more than the peer takes in one request.
-            on_failed: Called with the outcome of every block that is no hit, once, as soon
-                as it is known. Whether it is final is the caller's decision.
         """
+        job, link, transfer = self._job, self._link, self._transfer
+        pieces = transfer.pieces
+        self.begun_at = self.moved_at = self._loop.time()
+        self._exchange = Exchange(self._loop, self._path.name, link, job, self.indices)
+        message = Fetch(
+            namespace=job.namespace.id,
+            keys=list(transfer.keys),
+            layer_first=pieces.layer_first,
+            layer_last=pieces.layer_last,
+            group_layers=job.group_layers,
+            deadline_ms=self._exchange.deadline_ms,
+            **self._path.terms(link, job, self.indices),
+        )
+        self._request_id = link.fetch(message, transfer, self._settle)
+        job.borrow(transfer, self._stop)
+        try:
+            await self._done
+        finally:
+            if not self._done.done() or self._done.cancelled():
+                link.cancel_fetch(self._request_id)
+            job.finished(transfer)
+            # Over a byte stream the peer writes through our own reader, which was diverted.
+            job.let_go()
+
+    def take_back(self) -> list[int]:
+        """Stop it, so that its blocks can go another way: from now on no byte of it counts.
+
+        Returns:
+            The blocks that have no outcome yet.
+        """
+        if self._done.done():
+            return []
+        left = self.pending()
+        self._stop()
+        return left
+
+    def _arrived(self, size_bytes: int) -> None:
+        self.arrived_bytes += size_bytes
+        self.moved_at = self._loop.time()
+        self._on_bytes(size_bytes)
+
+    def _stop(self) -> None:
+        if self._exchange is not None:
+            self._link.cancel_fetch(self._request_id)
+        self._settle(None)
+
+    def _settle(self, reply: Reply | None) -> None:
+        if self._done.done():
+            return
+        self._done.set_result(None)
+        job, transfer, exchange = self._job, self._transfer, self._exchange
+        if exchange is None:
+            return
+        if isinstance(reply, Done):
+            for index, tier in zip(self.indices, reply.tiers, strict=False):
+                job.tiers[index] = tier
+        self._attribute(reply)
+        if transfer.corrupt:
+            keys = [transfer.keys[index] for index in transfer.corrupt]
+            self._link.report_corrupt(job.namespace, keys)
+        exchange.end(reply, transfer.received_bytes)
+        if reply is not None:  # else the job has ended, or the blocks go another way
+            transfer.fail_rest(FetchOutcome.UNAVAILABLE)
+
+    def _attribute(self, reply: Reply | None) -> None:
+        served_by = self._job.served_by
+        told = reply.served_by if isinstance(reply, Done) else b""
+        way = self._path.way
+        for position, index in enumerate(self.indices):
+            if self._transfer.outcomes[position] == FetchOutcome.HIT:
+                # An agent of this node says how it came by what it gave to us.
+                passed = told and way is ServedBy.UNKNOWN
+                served_by[index] = told[position] if passed else way

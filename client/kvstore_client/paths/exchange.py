@@ -47,7 +47,8 @@ class Exchange:
         """The request has ended.
 
         Args:
-            reply: The peer's last word, or what came in its place; None if the job ended first.
+            reply: The peer's last word, or what came in its place; None if it was not waited
+                for: the job has ended, or the blocks go another way.
             bytes: Payload that has moved.
         """
         link, job = self._link, self._job

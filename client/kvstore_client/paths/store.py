@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvstore.messages import AckLevel, Put, PutOutcome
 from kvstore.protocol import Reply
@@ -11,6 +12,19 @@ from kvstore.transfer import PutTransfer
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
 from kvstore_client.paths.exchange import Exchange
+
+
+def _terms(link: PeerLink, job: PutJob, indices: Sequence[int]) -> dict[str, Any]:
+    """What a PUT to the agent of this node says beside the blocks."""
+    if job.offer is not None:
+        layers = job.offer.layers
+        return {
+            "offer": True,
+            "layer_first": layers.start,
+            "layer_last": layers.stop,
+            "lease_ms": job.offer.lease_ms,
+        }
+    return {"extents": job.extents(indices)} if link.is_agent else {}
 
 
 class StorePath:
@@ -43,7 +57,7 @@ class StorePath:
         idle: asyncio.Future[None] = self._loop.create_future()
         memory = [job.memory[index] for index in indices]
         keys = [job.keys[index] for index in indices]
-        transfer = PutTransfer(job.namespace.geometry, memory)
+        transfer = PutTransfer(job.geometry, memory)
 
         def settle(reply: Reply | None) -> None:
             if done.done():
@@ -70,6 +84,7 @@ class StorePath:
             checksums=checksums,
             ack=ack,
             deadline_ms=exchange.deadline_ms,
+            **_terms(link, job, indices),
         )
         request_id = link.put(message, transfer, settle)
         job.borrow(transfer, stop)

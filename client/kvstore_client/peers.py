@@ -1,0 +1,103 @@
+"""Ways to the agents of other nodes that a request names, made when one is first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from kvstore.endpoint import parse_endpoint
+from kvstore.errors import LimitExceeded, TransportError
+from kvstore_client.jobs import FetchJob
+from kvstore_client.link import LinkSetup, PeerLink
+from kvstore_client.namespaces import Namespace
+from kvstore_client.paths.base import FetchPath
+from kvstore_client.paths.peer import PeerPath
+from kvstore_client.selector import PathMeter
+from kvstore_client.selector.gain import GainMeter
+from kvstore_client.spread import Ways
+
+# A decode node pulls from the prefill nodes of its requests. Beyond so many the one that was
+# used longest ago is let go.
+PEERS_MAX = 256
+
+
+class PeerLinks:
+    """Links to peers by endpoint. On the loop's thread.
+
+    Args:
+        namespaces: All that are open, by id; a peer is asked for each that it is needed for.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        setup: LinkSetup,
+        namespaces: Mapping[bytes, Namespace],
+    ) -> None:
+        self._loop = loop
+        self._setup = setup
+        self._namespaces = namespaces
+        self._links: OrderedDict[str, PeerLink] = OrderedDict()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def links(self) -> list[PeerLink]:
+        """Those that exist."""
+        return list(self._links.values())
+
+    async def link(self, peer: str, namespace: Namespace) -> PeerLink:
+        """The link to a peer, once it was tried; with the namespace open there.
+
+        Raises:
+            ConfigError: The name of the peer is no endpoint.
+            KVStoreError: It cannot be reached, or refuses.
+        """
+        endpoint = parse_endpoint(peer, "peer")
+        name = str(endpoint)
+        link = self._links.get(name)
+        if link is None:
+            self._make_room()
+            link = self._links[name] = PeerLink(self._loop, endpoint, self._setup)
+        self._links.move_to_end(name)
+        await link.tried()
+        if not link.up:
+            raise TransportError(f"peer {name}: {link.last_error}")
+        if not link.wants(namespace):
+            await link.open_namespace(namespace)
+        return link
+
+    async def ended(self) -> None:
+        """Wait until nothing is left of links that were let go."""
+        if self._closing:
+            await asyncio.gather(*self._closing)
+
+    def _make_room(self) -> None:
+        if len(self._links) < PEERS_MAX:
+            return
+        for name, link in self._links.items():
+            if not link.fetching:
+                del self._links[name]
+                link.close()
+                task = self._loop.create_task(link.ended())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+                return
+        raise LimitExceeded(f"{len(self._links)} peers are in use, the limit is {PEERS_MAX}")
+
+
+class PeerWay(Ways):
+    """The only way to what a peer holds."""
+
+    copied = False
+
+    def __init__(self, link: PeerLink) -> None:
+        self._way = (PeerPath(), link, PathMeter(GainMeter(), link.peer))
+
+    def daemon_way(self, owner: int) -> tuple[FetchPath, PeerLink, PathMeter]:
+        return self._way
+
+    def relay_way(self, node_id: str) -> tuple[FetchPath, PeerLink, PathMeter]:
+        raise AssertionError("a peer is not asked by relays")
+
+    def spare_relay(self, job: FetchJob) -> str:
+        return ""

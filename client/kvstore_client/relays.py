@@ -1,0 +1,180 @@
+"""The agents that may relay for this node, what is under way on each path, and the selector.
+
+The shell around `kvstore_client.selector`: it knows the links, and keeps the meters true.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+
+from kvstore.endpoint import parse_endpoint
+from kvstore.errors import ConfigError
+from kvstore.loadreport import ReportTable
+from kvstore_client.jobs import Route
+from kvstore_client.link import PeerLink
+from kvstore_client.selector import (
+    DRAWS,
+    Inflight,
+    PathMeter,
+    Plan,
+    Policy,
+    Request,
+    Selector,
+    Span,
+)
+from kvstore_client.selector.estimates import usable
+
+logger = logging.getLogger(__name__)
+
+# How long what is known of the links may be old: a relay that goes down in between is found
+# out by the first request, and its blocks go another way.
+REFRESH_S = 0.02
+
+
+def check_policy(policy: str) -> Policy:
+    """The policy of this name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if policy not in list(Policy):
+        raise ConfigError("policy", policy, f"must be one of {', '.join(Policy)}")
+    return Policy(policy)
+
+
+def check_relays(relays: Sequence[str]) -> list[str]:
+    """Normal forms of the endpoints of agents.
+
+    Raises:
+        ConfigError: One is no endpoint, or is listed twice.
+    """
+    endpoints = [str(parse_endpoint(text, "relays")) for text in relays]
+    for index, endpoint in enumerate(endpoints):
+        if endpoint in endpoints[:index]:
+            raise ConfigError("relays", endpoint, "must be listed once")
+    return endpoints
+
+
+class Relays:
+    """Paths to choose from, on the loop's thread.
+
+    Args:
+        node_id: This node, as its requests name it.
+        daemons: Links to all daemons.
+        links: Links to the agents that may relay.
+        reports: Newest load report of each node.
+        draws: Chance.
+
+    Attributes:
+        inflight: The meters of all paths.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        policy: Policy,
+        daemons: Sequence[PeerLink],
+        links: Sequence[PeerLink],
+        reports: ReportTable,
+        draws: random.Random,
+    ) -> None:
+        self.links = links
+        self.inflight = Inflight(node_id, [link.peer for link in daemons])
+        self._selector = Selector(policy)
+        self._policy = policy
+        self._daemons = daemons
+        self._reports = reports
+        self._draws = draws
+        self._by_node: dict[str, PeerLink] = {}
+        self._ignored: set[PeerLink] = set()
+        self._refreshed_at = -REFRESH_S
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.links)
+
+    def link(self, node_id: str) -> PeerLink:
+        """The way to a relay that a plan names."""
+        return self._by_node[node_id]
+
+    def node_id(self, name: str) -> str:
+        """The node id of a relay that is named by its id or by its endpoint; "" if it is none
+        of ours, or has never answered."""
+        self._name()
+        if name in self._by_node:
+            return name
+        for link in self.links:
+            if str(link.endpoint) == name and link.peer in self._by_node:
+                return link.peer
+        return ""
+
+    def plan(self, spans: Sequence[Span], block_bytes: int, route: Route, now: float) -> Plan:
+        """Which blocks go which way."""
+        self._refresh(now)
+        request = Request(spans, block_bytes, route.decode_node)
+        return self._selector.plan(request, self._reports, self.inflight, now, self._draw())
+
+    def estimate_s(
+        self, spans: Sequence[Span], block_bytes: int, route: Route, now: float
+    ) -> float:
+        """How long a fetch would take, see `Selector.estimate_s`."""
+        self._refresh(now)
+        request = Request(spans, block_bytes, route.decode_node)
+        return self._selector.estimate_s(request, self._reports, self.inflight, now, self._draw())
+
+    def spare(self, route: Route, now: float) -> PathMeter | None:
+        """A relay for blocks that another path has failed to bring, or is slow with; the
+        decode node if it can be used."""
+        if route.direct_only or self._policy is Policy.DIRECT or not self.links:
+            return None
+        self._refresh(now)
+        meters = self.inflight.relays
+        preferred = meters.get(route.decode_node)
+        found = [meter for meter in self.inflight.ring if self._usable(meter, now)]
+        if preferred is not None and preferred in found:
+            return preferred
+        return found[int(self._draws.random() * len(found))] if found else None
+
+    def _usable(self, meter: PathMeter, now: float) -> bool:
+        return usable(now, meter, self._reports) == 2
+
+    def _draw(self) -> list[float]:
+        return [self._draws.random() for _ in range(DRAWS)]
+
+    def _refresh(self, now: float) -> None:
+        if now - self._refreshed_at < REFRESH_S:
+            return
+        self._refreshed_at = now
+        for daemon, link in zip(self.inflight.daemons, self._daemons, strict=True):
+            daemon.node_id = link.peer
+            daemon.up = link.usable
+        self._name()
+        for node_id, link in self._by_node.items():
+            self.inflight.relays[node_id].share = link.share(now)
+
+    def _name(self) -> None:
+        """Learn the node ids of relays that have answered for the first time."""
+        if len(self._by_node) == len(self.links):
+            return
+        for link in self.links:
+            if link.welcome is None or self._by_node.get(link.peer) is link:
+                continue
+            if link in self._ignored:
+                continue
+            if not link.is_agent:
+                self._ignored.add(link)
+                logger.error("%s is no agent: it cannot relay", link.endpoint)
+                continue
+            if link.peer in self._by_node:
+                self._ignored.add(link)
+                logger.error(
+                    "%s and %s are both %r: only the first is used as a relay",
+                    self._by_node[link.peer].endpoint,
+                    link.endpoint,
+                    link.peer,
+                )
+                continue
+            self._by_node[link.peer] = link
+            self.inflight.add_relay(link.peer)

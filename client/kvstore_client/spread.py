@@ -1,0 +1,467 @@
+"""One fetch over all its ways: sends what the plan says, and moves blocks when a way is slow,
+silent or lost.
+
+::
+
+    plan ──▶ lanes ──▶ shipments ──▶ pieces in the caller's memory
+              │  ▲         │
+              │  └─────────┤ a shipment failed: its blocks go the other way, then to the next owner
+              │            │ it is silent, or late while another lane is idle: it is taken back
+              └ a lane that is idle takes over what another has not sent yet
+
+A *lane* is one way of this fetch: one peer by one path. What it has sent is a few shipments,
+so that there is something to take over, and no more than about 100 ms of its rate is under way.
+
+What is taken back lands in scratch memory from that moment on: over a byte stream the bytes
+of the old attempt pass through our own reader, which knows them by their request id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvstore.messages import FetchOutcome
+from kvstore_client.jobs import FetchJob
+from kvstore_client.link import PeerLink
+from kvstore_client.paths.base import FetchPath, Shipment
+from kvstore_client.selector import PathMeter
+
+# What is under way on one path at a time.
+WINDOW_S = 0.1
+# A shipment: four in a window, but no smaller than what a request costs little for, nor
+# larger than what should be lost when it must be sent again.
+CHUNK_S = 0.025
+CHUNK_BYTES_MIN = 1024 * 1024
+CHUNK_BYTES_MAX = 32 * 1024 * 1024
+# Of a lane of which no rate is known yet.
+CHUNK_BYTES_FIRST = 4 * 1024 * 1024
+# What must be saved before a block changes its lane: a request and its hop.
+MOVE_S_MIN = 0.005
+# A shipment that is under way is taken back when another lane would be so many times faster,
+# and it is late by more than noise: its bytes so far were for nothing.
+LATE_FACTOR = 3.0
+LATE_S_MIN = 0.05
+# Nothing has come of a shipment: of a peer that says nothing else either, and of one that
+# pushes load reports and may have much to do.
+SILENT_S = 0.5
+STALLED_S = 1.0
+# Of the time that a request has; the other way needs some too.
+STALLED_SHARE = 0.3
+# How often slow and silent lanes are looked for.
+LOOK_S = 0.05
+
+_FETCH_RANKS = (FetchOutcome.CORRUPT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
+
+
+class Ways(Protocol):
+    """What a spread may use; the cluster."""
+
+    def daemon_way(self, owner: int) -> tuple[FetchPath, PeerLink, PathMeter]:
+        """The way to a daemon."""
+
+    def relay_way(self, node_id: str) -> tuple[FetchPath, PeerLink, PathMeter]:
+        """The way by a relay."""
+
+    def spare_relay(self, job: FetchJob) -> str:
+        """Node id of a relay that can be used now; "" if there is none."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether each block is at both of its owners."""
+
+
+class Lane:
+    """One way of one fetch.
+
+    Attributes:
+        key: Index of the daemon, or node id of the relay.
+        waiting: Blocks that are yet to be sent.
+        under_way: Shipments.
+    """
+
+    __slots__ = ("key", "link", "meter", "path", "under_way", "waiting")
+
+    def __init__(self, key: int | str, path: FetchPath, link: PeerLink, meter: PathMeter) -> None:
+        self.key = key
+        self.path = path
+        self.link = link
+        self.meter = meter
+        self.waiting: deque[int] = deque()
+        self.under_way: dict[Shipment, asyncio.Task[None]] = {}
+
+    @property
+    def relay(self) -> bool:
+        """Whether it is the way by a relay."""
+        return isinstance(self.key, str)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of this fetch that are under way."""
+        return sum(one.size_bytes - one.arrived_bytes for one in self.under_way)
+
+
+class Spread:
+    """One fetch under way. On the loop's thread.
+
+    Args:
+        owners: Daemons of each block, best first.
+        chunked: Whether to send in small shipments: with only one way there is nothing to
+            take over.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        ways: Ways,
+        job: FetchJob,
+        owners: Sequence[tuple[int, ...]],
+        chunked: bool,
+    ) -> None:
+        self._loop = loop
+        self._ways = ways
+        self._job = job
+        self._owners = owners
+        self._chunked = chunked
+        self._lanes: dict[int | str, Lane] = {}
+        self._ranks = bytearray(len(owners))  # of the owner that is asked next
+        self._relayed = bytearray(len(owners))  # no relay is tried any more
+        self._worst: dict[int, FetchOutcome] = {}
+        self._turn: asyncio.Future[None] | None = None
+
+    def send(self, indices: Sequence[int], relay: str = "") -> None:
+        """Blocks that are to go by a relay, or to their owners; before `run`."""
+        if relay:
+            self._lane(relay).waiting.extend(indices)
+            for index in indices:
+                self._relayed[index] = 1
+            return
+        for index in indices:
+            self._lane(self._owners[index][self._ranks[index]]).waiting.append(index)
+
+    def fail(self, index: int, outcome: FetchOutcome) -> None:
+        """A block cannot be asked for where it should be; before `run`."""
+        self._failed(None, index, outcome)
+
+    async def run(self) -> None:
+        """Return when every block has its outcome, or the job has ended."""
+        try:
+            while True:
+                if self._over():
+                    return
+                alone = self._alone()
+                if alone is not None:
+                    await self._ship(*alone)  # the usual case costs no task
+                    continue
+                self._level()
+                self._pump()
+                if not any(lane.under_way for lane in self._lanes.values()):
+                    if not any(lane.waiting for lane in self._lanes.values()):
+                        return
+                    continue
+                await self._wait()
+                self._look()
+        finally:
+            for lane in self._lanes.values():
+                for task in list(lane.under_way.values()):
+                    task.cancel()
+            tasks = [task for lane in self._lanes.values() for task in lane.under_way.values()]
+            if tasks:
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- sending ---------------------------------------------------------------------------
+
+    def _lane(self, key: int | str) -> Lane:
+        lane = self._lanes.get(key)
+        if lane is None:
+            ways = self._ways
+            way = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
+            lane = self._lanes[key] = Lane(key, *way)
+        return lane
+
+    def _over(self) -> bool:
+        return self._job.ended or self._loop.time() >= self._job.deadline_at
+
+    def _alone(self) -> tuple[Lane, list[int]] | None:
+        """The only thing that is to be sent, if it is one request."""
+        found: Lane | None = None
+        for lane in self._lanes.values():
+            if lane.under_way or (lane.waiting and found is not None):
+                return None
+            if lane.waiting:
+                found = lane
+        if found is None or self._can_move(found):
+            return None
+        count = len(found.waiting)
+        if count > found.link.keys_max() or (
+            self._chunked and count * self._job.span_bytes > self._chunk_bytes(found)
+        ):
+            return None
+        indices = self._take(found)
+        if found.waiting:
+            found.waiting.extendleft(reversed(indices))
+            return None
+        return found, indices
+
+    def _can_move(self, lane: Lane) -> bool:
+        """Whether its blocks could go another way when it is silent."""
+        return lane.relay or self._other_way(lane, lane.waiting[0])
+
+    def _other_way(self, lane: Lane, index: int) -> bool:
+        if lane.relay:
+            return True
+        if not self._relayed[index] and self._ways.spare_relay(self._job):
+            return True
+        more = self._ranks[index] + 1 < len(self._owners[index])
+        return more and self._ways.copied
+
+    def _pump(self) -> None:
+        """Send what the windows allow."""
+        for lane in list(self._lanes.values()):
+            while lane.waiting and self._room(lane):
+                indices = self._take(lane)
+                shipment = self._shipment(lane, indices)
+                task = self._loop.create_task(self._run(lane, shipment))
+                lane.under_way[shipment] = task
+
+    def _room(self, lane: Lane) -> bool:
+        if not lane.under_way or not self._chunked:
+            return True
+        chunk_bytes = self._chunk_bytes(lane)
+        window_bytes = max(2 * chunk_bytes, WINDOW_S * lane.meter.observed_Bps)
+        return lane.meter.inflight_bytes + chunk_bytes <= window_bytes or (
+            lane.sent_bytes < chunk_bytes
+        )
+
+    def _chunk_bytes(self, lane: Lane) -> int:
+        rate_Bps = lane.meter.observed_Bps
+        if not rate_Bps:
+            return CHUNK_BYTES_FIRST
+        return int(min(max(CHUNK_S * rate_Bps, CHUNK_BYTES_MIN), CHUNK_BYTES_MAX))
+
+    def _take(self, lane: Lane) -> list[int]:
+        """The next blocks of a lane that go in one request."""
+        count = lane.link.keys_max()
+        if self._chunked:
+            count = min(count, max(1, self._chunk_bytes(lane) // self._job.span_bytes))
+        waiting, done = lane.waiting, self._job.groups_done
+        groups = done(waiting[0])
+        indices: list[int] = []
+        while waiting and len(indices) < count and done(waiting[0]) == groups:
+            indices.append(waiting.popleft())
+        return indices
+
+    def _shipment(self, lane: Lane, indices: Sequence[int]) -> Shipment:
+        def on_failed(index: int, outcome: FetchOutcome) -> None:
+            self._failed(lane, index, outcome)
+
+        def on_bytes(size_bytes: int) -> None:
+            lane.meter.arrived(self._loop.time(), size_bytes)
+
+        return Shipment(self._loop, lane.path, lane.link, self._job, indices, on_failed, on_bytes)
+
+    async def _ship(self, lane: Lane, indices: Sequence[int]) -> None:
+        await self._run(lane, self._shipment(lane, indices))
+
+    async def _run(self, lane: Lane, shipment: Shipment) -> None:
+        link, job, meter = lane.link, self._job, lane.meter
+        meter.sent(self._loop.time(), shipment.size_bytes)
+        try:
+            async with link.fetch_slots:
+                if self._over() or shipment.ended:
+                    return
+                refusal = link.refusal(job.namespace)
+                if refusal is None and link.allow():
+                    await shipment.run()
+                else:
+                    job.add_error(refusal or link.unavailable())
+                    for index in shipment.indices:
+                        self._failed(lane, index, FetchOutcome.UNAVAILABLE)
+        finally:
+            meter.gone(self._loop.time(), shipment.size_bytes - shipment.arrived_bytes)
+            lane.under_way.pop(shipment, None)
+            self._wake()
+
+    # --- failing ---------------------------------------------------------------------------
+
+    def _failed(self, lane: Lane | None, index: int, outcome: FetchOutcome) -> None:
+        """A block did not come by a lane: another way, the next owner, or its end."""
+        job = self._job
+        known = self._worst.get(index)
+        if lane is None or not lane.relay:
+            # What storage itself says, not what a relay does.
+            self._worst[index] = outcome if known is None else worse(known, outcome)
+        if job.ended:
+            return
+        if not job.may_retry(index):
+            job.block_failed(index, outcome)
+            return
+        if lane is not None and lane.relay:
+            self._put_back(index, self._owners[index][self._ranks[index]])
+            return
+        if outcome in (FetchOutcome.UNAVAILABLE, FetchOutcome.TIMEOUT):
+            relay = "" if self._relayed[index] else self._ways.spare_relay(job)
+            if relay:
+                self._relayed[index] = 1
+                self._put_back(index, relay)
+                # If it fails there too, it is the next owner's turn.
+                self._ranks[index] = min(self._ranks[index] + 1, len(self._owners[index]) - 1)
+                return
+        if self._ranks[index] + 1 < len(self._owners[index]):
+            self._ranks[index] += 1
+            self._put_back(index, self._owners[index][self._ranks[index]])
+        else:
+            job.block_failed(index, self._worst[index])
+
+    def _put_back(self, index: int, key: int | str) -> None:
+        self._lane(key).waiting.append(index)
+
+    # --- moving ----------------------------------------------------------------------------
+
+    def _rate_Bps(self, lane: Lane) -> float:
+        """What a lane brings a second; lanes of daemons share the link of this node."""
+        rate_Bps = lane.meter.observed_Bps
+        if lane.relay:
+            return rate_Bps
+        busy = sum(
+            1
+            for one in self._lanes.values()
+            if not one.relay and (one.waiting or one.under_way or one is lane)
+        )
+        return rate_Bps / busy
+
+    def _left_s(self, lane: Lane) -> float:
+        """How long until a lane has brought all that it has."""
+        rate_Bps = self._rate_Bps(lane)
+        left_bytes = lane.sent_bytes + len(lane.waiting) * self._job.span_bytes
+        if not left_bytes:
+            return 0.0
+        return left_bytes / rate_Bps if rate_Bps else math.inf
+
+    def _level(self) -> None:
+        """Let lanes that run dry take over what others have not sent yet."""
+        if not self._chunked or len(self._lanes) < 2:
+            return
+        for thief in list(self._lanes.values()):
+            if thief.waiting or len(thief.under_way) > 1 or not self._rate_Bps(thief):
+                continue
+            victims = [
+                lane
+                for lane in self._lanes.values()
+                if lane is not thief and lane.waiting and lane.relay != thief.relay
+            ]
+            if victims:
+                self._steal(thief, max(victims, key=self._left_s))
+
+    def _steal(self, thief: Lane, victim: Lane) -> None:
+        thief_Bps, victim_Bps = self._rate_Bps(thief), self._rate_Bps(victim)
+        saved_s = self._left_s(victim) - self._left_s(thief)
+        if saved_s < MOVE_S_MIN:
+            return
+        if victim_Bps:
+            # Both end together when what is moved takes as long here as it would have there.
+            size_bytes = saved_s / (1 / thief_Bps + 1 / victim_Bps)
+        else:
+            size_bytes = len(victim.waiting) * self._job.span_bytes / 2
+        count = min(int(size_bytes // self._job.span_bytes), len(victim.waiting))
+        kept: list[int] = []
+        while count > 0 and victim.waiting:
+            index = victim.waiting.pop()
+            if self._may_go(thief, index):
+                thief.waiting.appendleft(index)
+                self._relayed[index] |= thief.relay
+                count -= 1
+            else:
+                kept.append(index)
+        victim.waiting.extend(reversed(kept))
+
+    def _may_go(self, lane: Lane, index: int) -> bool:
+        if lane.relay:
+            return not self._relayed[index] and lane.link.usable
+        return self._owners[index][self._ranks[index]] == lane.key and lane.link.usable
+
+    def _look(self) -> None:
+        """Take back what is silent, and what is late while another lane is idle."""
+        now = self._loop.time()
+        for lane in list(self._lanes.values()):
+            for shipment in list(lane.under_way):
+                if self._silent(lane, shipment, now):
+                    lane.link.timed_out(shipment.begun_at)
+                    for index in shipment.take_back():
+                        if self._other_way(lane, index):
+                            self._failed(lane, index, FetchOutcome.TIMEOUT)
+                        else:
+                            self._put_back(index, lane.key)
+                elif self._late(lane, shipment, now):
+                    for index in shipment.take_back():
+                        self._move(lane, index)
+
+    def _silent(self, lane: Lane, shipment: Shipment, now: float) -> bool:
+        limit_s = SILENT_S if lane.link.silent_s(now) >= SILENT_S else STALLED_S
+        if now - shipment.moved_at < min(limit_s, STALLED_SHARE * self._job.deadline_s):
+            return False
+        # Whoever has brought bytes of another shipment since then works in order.
+        if any(one.moved_at > shipment.moved_at for one in lane.under_way if one.arrived_bytes):
+            return False
+        return any(self._other_way(lane, index) for index in shipment.pending())
+
+    def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:
+        """Whether idle lanes of the other kind would bring a shipment much sooner."""
+        rate_Bps = self._rate_Bps(lane)
+        # What has been silent for some time may well be so for as long again.
+        left_s = now - max(one.moved_at for one in lane.under_way)
+        if rate_Bps:
+            left_s = max(left_s, lane.sent_bytes / rate_Bps)
+        if left_s < LATE_S_MIN:
+            return False
+        other_Bps = 0.0
+        for other in self._lanes.values():
+            if other.relay == lane.relay:
+                continue
+            if other.waiting or other.under_way or not other.link.usable:
+                return False
+            other_Bps = max(other_Bps, self._rate_Bps(other))
+        if not other_Bps or left_s < LATE_FACTOR * shipment.size_bytes / other_Bps:
+            return False
+        return any(self._may_move(lane, index) for index in shipment.pending())
+
+    def _may_move(self, lane: Lane, index: int) -> bool:
+        if not self._job.may_retry(index):
+            return False
+        return lane.relay or (not self._relayed[index] and bool(self._ways.spare_relay(self._job)))
+
+    def _move(self, lane: Lane, index: int) -> None:
+        if not self._may_move(lane, index):
+            self._put_back(index, lane.key)
+        elif lane.relay:
+            self._put_back(index, self._owners[index][self._ranks[index]])
+        else:
+            self._relayed[index] = 1
+            self._put_back(index, self._ways.spare_relay(self._job))
+
+    # --- waiting ---------------------------------------------------------------------------
+
+    async def _wait(self) -> None:
+        """Until a shipment has ended, or it is time to look again."""
+        self._turn = self._loop.create_future()
+        timer = self._loop.call_later(LOOK_S, self._wake)
+        try:
+            await self._turn
+        finally:
+            timer.cancel()
+            self._turn = None
+
+    def _wake(self) -> None:
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+
+
+def worse(known: FetchOutcome, outcome: FetchOutcome) -> FetchOutcome:
+    """What to say of a block that failed at two daemons."""
+    for rank in _FETCH_RANKS:
+        if rank in (known, outcome):
+            return rank
+    return FetchOutcome.MISS
