@@ -365,7 +365,8 @@ class Cluster(Ways):
             return
         owners = block_owners(self._placement.extents(job.chain))
         choice = len(self.relays) > 0 and not route.direct_only
-        spread = Spread(self._loop, self, job, owners, chunked=choice)
+        eager = choice and self._options.policy is Policy.BALANCED
+        spread = Spread(self._loop, self, job, owners, chunked=choice, eager=eager)
         if not choice:
             spread.send(range(len(owners)))
         else:

@@ -17,5 +17,7 @@ def count_job(counters: Counter[str], job: Job) -> None:
         count = job.outcomes.count(outcome)
         if count:
             counters[f"{kind}_blocks_{outcome.name.lower()}"] += count
+    if isinstance(job, FetchJob) and job.moved_count:
+        counters["blocks_moved"] += job.moved_count
     for run in job.runs:
         counters[f"{kind}_bytes_{run.path}"] += run.bytes

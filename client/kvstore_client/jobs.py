@@ -190,6 +190,7 @@ class FetchJob(Job):
         served_by: One `ServedBy` a key.
         plan: Why the blocks went which way.
         estimate_s: How long that was expected to take; 0.0 if nobody has estimated it.
+        moved_count: Blocks that were taken back from one way and sent another.
         on_block: Called once for each key with its final outcome, as soon as that is known.
     """
 
@@ -214,6 +215,7 @@ class FetchJob(Job):
         self.served_by = bytearray(len(keys))
         self.plan = ""
         self.estimate_s = 0.0
+        self.moved_count = 0
         self.on_block: Callable[[int, int], None] | None = None
         self.handle: FetchHandle
         self._geometry: Geometry = namespace.geometry

@@ -45,6 +45,9 @@ MOVE_S_MIN = 0.005
 # and it is late by more than noise: its bytes so far were for nothing.
 LATE_FACTOR = 3.0
 LATE_S_MIN = 0.05
+# Where lanes are not to take over, of the time that is left for the request: what would use
+# up more of it may end too late.
+LATE_SHARE = 0.5
 # Nothing has come of a shipment: of a peer that says nothing else either, and of one that
 # pushes load reports and may have much to do.
 SILENT_S = 0.5
@@ -111,6 +114,8 @@ class Spread:
         owners: Daemons of each block, best first.
         chunked: Whether to send in small shipments: with only one way there is nothing to
             take over.
+        eager: Whether lanes that run dry take over from others. If not, only what fails, is
+            silent or would come too late goes another way.
     """
 
     def __init__(
@@ -120,12 +125,14 @@ class Spread:
         job: FetchJob,
         owners: Sequence[tuple[int, ...]],
         chunked: bool,
+        eager: bool = False,
     ) -> None:
         self._loop = loop
         self._ways = ways
         self._job = job
         self._owners = owners
         self._chunked = chunked
+        self._eager = eager
         self._lanes: dict[int | str, Lane] = {}
         self._ranks = bytearray(len(owners))  # of the owner that is asked next
         self._relayed = bytearray(len(owners))  # no relay is tried any more
@@ -343,7 +350,7 @@ class Spread:
 
     def _level(self) -> None:
         """Let lanes that run dry take over what others have not sent yet."""
-        if not self._chunked or len(self._lanes) < 2:
+        if not self._eager or len(self._lanes) < 2:
             return
         for thief in list(self._lanes.values()):
             if thief.waiting or len(thief.under_way) > 1 or not self._rate_Bps(thief):
@@ -390,13 +397,17 @@ class Spread:
             for shipment in list(lane.under_way):
                 if self._silent(lane, shipment, now):
                     lane.link.timed_out(shipment.begun_at)
-                    for index in shipment.take_back():
+                    moved = shipment.take_back()
+                    self._job.moved_count += len(moved)
+                    for index in moved:
                         if self._other_way(lane, index):
                             self._failed(lane, index, FetchOutcome.TIMEOUT)
                         else:
                             self._put_back(index, lane.key)
                 elif self._late(lane, shipment, now):
-                    for index in shipment.take_back():
+                    moved = shipment.take_back()
+                    self._job.moved_count += len(moved)
+                    for index in moved:
                         self._move(lane, index)
 
     def _silent(self, lane: Lane, shipment: Shipment, now: float) -> bool:
@@ -409,24 +420,31 @@ class Spread:
         return any(self._other_way(lane, index) for index in shipment.pending())
 
     def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:
-        """Whether idle lanes of the other kind would bring a shipment much sooner."""
+        """Whether the other path is idle and would bring a shipment much sooner, or in time."""
         rate_Bps = self._rate_Bps(lane)
         # What has been silent for some time may well be so for as long again.
         left_s = now - max(one.moved_at for one in lane.under_way)
         if rate_Bps:
             left_s = max(left_s, lane.sent_bytes / rate_Bps)
-        if left_s < LATE_S_MIN:
+        if left_s < (LATE_S_MIN if self._eager else LATE_SHARE * (self._job.deadline_at - now)):
             return False
-        other_Bps = 0.0
-        for other in self._lanes.values():
-            if other.relay == lane.relay:
-                continue
-            if other.waiting or other.under_way or not other.link.usable:
-                return False
-            other_Bps = max(other_Bps, self._rate_Bps(other))
-        if not other_Bps or left_s < LATE_FACTOR * shipment.size_bytes / other_Bps:
+        others = [one for one in self._lanes.values() if one.relay != lane.relay]
+        if any(one.waiting or one.under_way for one in others):
             return False
-        return any(self._may_move(lane, index) for index in shipment.pending())
+        pending = [index for index in shipment.pending() if self._may_move(lane, index)]
+        if not pending:
+            return False
+        _, link, meter = self._other(lane, pending[0])
+        other_Bps = meter.observed_Bps
+        return bool(
+            link.usable and other_Bps and left_s > LATE_FACTOR * shipment.size_bytes / other_Bps
+        )
+
+    def _other(self, lane: Lane, index: int) -> tuple[FetchPath, PeerLink, PathMeter]:
+        """The way that a block goes when it is taken from a lane."""
+        if lane.relay:
+            return self._ways.daemon_way(self._owners[index][self._ranks[index]])
+        return self._ways.relay_way(self._ways.spare_relay(self._job))
 
     def _may_move(self, lane: Lane, index: int) -> bool:
         if not self._job.may_retry(index):

@@ -68,6 +68,15 @@ class Gate:
         for stream in waiting:
             stream.on_ready()
 
+    async def trickle(self, interval_s: float) -> None:
+        """Let a chunk go now and then, until cancelled."""
+        while True:
+            self.chunks_left = 1
+            waiting, self._waiting = self._waiting, []
+            for stream in waiting:
+                stream.on_ready()
+            await asyncio.sleep(interval_s)
+
     def wait(self, stream: _GatedFetch) -> None:
         """A fetch has come to a closed gate."""
         if stream not in self._waiting:
@@ -219,15 +228,17 @@ async def serve(
     count: int = 1,
     arena_bytes: int = 256 * 4096,
     listen: str = "tcp://127.0.0.1:0",
+    name: str = "node",
     **options: Any,
 ) -> AsyncIterator[list[Node]]:
     """Run nodes; check at the end that nobody holds anything and no task is left.
 
     Args:
+        name: What their names begin with.
         options: Of each server, as in `ServerOptions`.
     """
     tasks_before = asyncio.all_tasks()
-    nodes = [Node(f"node-{number}", arena_bytes, listen, **options) for number in range(count)]
+    nodes = [Node(f"{name}-{number}", arena_bytes, listen, **options) for number in range(count)]
     for node in nodes:
         await node.start()
     try:
