@@ -215,13 +215,19 @@ class BlockSource(abc.ABC):
 
     @abc.abstractmethod
     def lookup(
-        self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: Asker
+        self,
+        namespaces: Sequence[bytes],
+        keys: Sequence[bytes],
+        lease_ms: int,
+        owner: Asker,
+        extents: Sequence[tuple[int, bytes]] = (),
     ) -> Answer[tuple[bytes, int]]:
         """Which keys are stored in all of `namespaces`?
 
         Args:
             lease_ms: With a value above 0, the blocks of the leading run of hits are leased.
             owner: Whose lease it is; `owner_gone(owner)` ends all of them.
+            extents: Where they lie, as in `kvstore.messages.Lookup`.
 
         Returns:
             Bitmap, least significant bit first, and the number of the lease (0: none).
@@ -261,7 +267,13 @@ class BlockSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, namespace: bytes, keys: Sequence[bytes], asker: Asker) -> Answer[bytes]:
+    def delete(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        asker: Asker,
+        extents: Sequence[tuple[int, bytes]] = (),
+    ) -> Answer[bytes]:
         """Remove blocks; one byte a key, 1 if it was there."""
 
     @abc.abstractmethod

@@ -74,7 +74,7 @@ from kvstore.messages import (
 )
 from kvstore.protocol import ServerHooks, ServerProtocol
 from kvstore.reporter import LoadReporter
-from kvstore.transport import Listener, Stream, listen
+from kvstore.transport import Listener, Marking, Stream, listen
 from kvstore.transport.connection import FrameConnection
 from kvstore.version import VERSION
 from kvstore.wire import FrameType
@@ -284,7 +284,7 @@ class ServerConnection(ServerHooks):
             )
         assert self.session is not None
         answer = self.server.source.lookup(
-            message.namespaces, message.keys, message.lease_ms, self.session
+            message.namespaces, message.keys, message.lease_ms, self.session, message.extents
         )
         self._answer(
             FrameType.LOOKUP,
@@ -329,7 +329,9 @@ class ServerConnection(ServerHooks):
 
     def _delete(self, request_id: int, message: Delete) -> None:
         assert self.session is not None
-        answer = self.server.source.delete(message.namespace, message.keys, self.session)
+        answer = self.server.source.delete(
+            message.namespace, message.keys, self.session, message.extents
+        )
         self._answer(
             FrameType.DELETE, request_id, answer, lambda deleted: DeleteReply(deleted=deleted)
         )
@@ -548,6 +550,7 @@ class Server:
         source: What is served; called on the loop's thread only.
         endpoints: Where to listen.
         options: Names and limits.
+        marking: What the packets that it sends carry.
 
     Attributes:
         endpoints: Where it really listens, once started (ports that the system chose).
@@ -555,7 +558,11 @@ class Server:
     """
 
     def __init__(
-        self, source: BlockSource, endpoints: Sequence[Endpoint], options: ServerOptions
+        self,
+        source: BlockSource,
+        endpoints: Sequence[Endpoint],
+        options: ServerOptions,
+        marking: Marking | None = None,
     ) -> None:
         for endpoint in endpoints:
             if not (endpoint.is_loopback or options.insecure):
@@ -575,6 +582,7 @@ class Server:
         self.endpoints: list[Endpoint] = list(endpoints)
         self.loop: asyncio.AbstractEventLoop
         self.reporter: LoadReporter
+        self._marking = marking
         self._listeners: list[Listener] = []
         self._started_at = 0.0
         self._sweep: asyncio.TimerHandle | None = None
@@ -591,7 +599,7 @@ class Server:
         self.reporter = LoadReporter(self)
         try:
             for endpoint in self.endpoints:
-                self._listeners.append(listen(endpoint))
+                self._listeners.append(listen(endpoint, self._marking))
         except BaseException:
             for listener in self._listeners:
                 listener.close()

@@ -198,11 +198,15 @@ class Cluster(Ways):
 
     # --- small requests --------------------------------------------------------------------
 
-    async def open_namespace(self, namespace: Namespace) -> None:
+    async def open_namespace(self, namespace: Namespace, relays: bool = True) -> None:
         """Open a namespace on every daemon, now or when it can be reached.
 
         A daemon that refuses costs its own blocks, as one that is down does; it is asked again
         when the namespace is wanted.
+
+        Args:
+            relays: Whether at other nodes' agents too. An agent that was itself asked by one
+                does not: two of them would ask each other without end.
 
         Raises:
             LayoutMismatch: A daemon has the pool pinned to another layout; names the field.
@@ -215,7 +219,7 @@ class Cluster(Ways):
                 *(link.open_namespace(namespace) for link in self._links), return_exceptions=True
             ),
             asyncio.gather(
-                *(link.open_namespace(namespace) for link in self._others()),
+                *(link.open_namespace(namespace) for link in (self._others() if relays else ())),
                 return_exceptions=True,
             ),
         )
@@ -397,6 +401,11 @@ class Cluster(Ways):
         await spread.run()
 
     # --- the ways of a spread --------------------------------------------------------------
+
+    @property
+    def reachable(self) -> bool:
+        """Whether any daemon can be asked now."""
+        return any(link.usable for link in self._links)
 
     @property
     def attached(self) -> bool:

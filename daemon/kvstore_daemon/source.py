@@ -96,7 +96,12 @@ class ArenaSource(BlockSource):
         return self.store.pools.namespace(namespace).layout.layer_bytes
 
     def lookup(
-        self, namespaces: Sequence[bytes], keys: Sequence[bytes], lease_ms: int, owner: object
+        self,
+        namespaces: Sequence[bytes],
+        keys: Sequence[bytes],
+        lease_ms: int,
+        owner: object,
+        extents: Sequence[tuple[int, bytes]] = (),
     ) -> tuple[bytes, int]:
         opened = [self.store.pools.namespace(id) for id in namespaces]
         slots = [namespace.slots.slots_of(keys) for namespace in opened]
@@ -135,7 +140,13 @@ class ArenaSource(BlockSource):
         opened = self.store.pools.namespace(namespace)
         return ArenaPut(self.store, opened, keys, checksums, self._clock)
 
-    def delete(self, namespace: bytes, keys: Sequence[bytes], asker: Asker | None = None) -> bytes:
+    def delete(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        asker: Asker | None = None,
+        extents: Sequence[tuple[int, bytes]] = (),
+    ) -> bytes:
         opened = self.store.pools.namespace(namespace)
         deleted = bytes(self.store.delete(opened, key) for key in keys)
         self.store.counters["blocks_deleted"] += sum(deleted)

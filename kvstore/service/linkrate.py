@@ -48,7 +48,7 @@ def parse_rate_Bps(text: str, option: str) -> int:
     fraction = match["fraction"] or ""
     unit: int = thousand**power
     number = int(match["whole"] + fraction) * unit
-    rate_Bps = number // 10 ** len(fraction) // (1 if in_bytes else 8)
+    rate_Bps = int(number // 10 ** len(fraction)) // (1 if in_bytes else 8)
     if rate_Bps > SIZE_BYTES_MAX:
         raise ConfigError(option, text, f"at most {format_size_bytes(SIZE_BYTES_MAX)}/s")
     return rate_Bps

@@ -1,11 +1,11 @@
-"""Real daemon processes: started for a test, waited for, and gone when it ends.
+"""Real processes of daemon and agent: started for a test, waited for, and gone when it ends.
 
 ::
 
-    with daemon("--memory", "64MiB") as kvstored:
-        ... kvstored.uri ...
+    with daemon("--memory", "64MiB") as kvstored, agent("--storage", kvstored.uri) as kvagent:
+        ... kvagent.uri ...
 
-Leaving the block stops the daemon with SIGTERM, unless the test has ended it, and checks that
+Leaving the block stops the process with SIGTERM, unless the test has ended it, and checks that
 it ended well: status 0 and no traceback in its log.
 """
 
@@ -20,29 +20,35 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tests.support.tree import PACKAGES
 
 # A test that waits this long for what should take a second has failed.
 PATIENCE_S = 60.0
 
-_LISTENING = re.compile(r"kvstored: listening on (\S+)$")
+# What `python -m` runs for each command.
+_MODULES = {"kvstored": "kvstore_daemon", "kvagent": "kvstore_client.agent"}
 
 
 class Daemon:
-    """One `kvstored`.
+    """One `kvstored`, or another command that serves.
 
     Attributes:
+        command: Its name.
         lines: Its log so far.
     """
 
+    command = "kvstored"
+
     def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
+        self._listening = re.compile(rf"{self.command}: listening on (\S+)$")
         path = ":".join(dict.fromkeys(str(directory.parent) for directory in PACKAGES.values()))
         self.lines: list[str] = []
         self._news = threading.Condition()
         self._ended = False
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "kvstore_daemon", *options],
+            [sys.executable, "-W", "error", "-m", _MODULES[self.command], *options],
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -50,7 +56,9 @@ class Daemon:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self._reader = threading.Thread(target=self._read, name="log of kvstored", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read, name=f"log of {self.command}", daemon=True
+        )
         self._reader.start()
 
     @property
@@ -66,7 +74,7 @@ class Daemon:
     @property
     def uris(self) -> list[str]:
         """Where it listens."""
-        return [found[1] for line in list(self.lines) if (found := _LISTENING.search(line))]
+        return [found[1] for line in list(self.lines) if (found := self._listening.search(line))]
 
     @property
     def uri(self) -> str:
@@ -109,7 +117,7 @@ class Daemon:
         for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-        raise AssertionError("no VmHWM: the daemon has ended")
+        raise AssertionError("no VmHWM: the process has ended")
 
     def close(self) -> None:
         """End it in any case."""
@@ -135,6 +143,12 @@ class Daemon:
             assert condition(), f"waited in vain for {what}; the log:\n{self.log}"
 
 
+class AgentProcess(Daemon):
+    """One `kvagent`."""
+
+    command = "kvagent"
+
+
 @contextmanager
 def daemon(
     *options: str, environment: dict[str, str] | None = None, listeners: int = 1
@@ -146,11 +160,38 @@ def daemon(
         environment: Variables beside those of the tests.
         listeners: How many endpoints `options` name.
     """
+    with _running(Daemon(*_small(options), environment=environment), listeners) as process:
+        yield process
+
+
+@contextmanager
+def agent(
+    *options: str, environment: dict[str, str] | None = None, listeners: int = 1
+) -> Iterator[AgentProcess]:
+    """Run `kvagent`, which needs `--storage`; for the rest as `daemon`.
+
+    Args:
+        listeners: How many endpoints `options` name, that of `--local` included.
+    """
+    made = AgentProcess(*_small(options), environment=environment)
+    with _running(made, listeners) as process:
+        yield process
+
+
+def _small(options: tuple[str, ...]) -> tuple[str, ...]:
+    """On a port of its own and in little memory, unless `options` say otherwise."""
     if "--listen" not in options:
         options = ("--listen", "tcp://127.0.0.1:0", *options)
     if "--memory" not in options:
         options = ("--memory", "16MiB", *options)
-    process = Daemon(*options, environment=environment)
+    return options
+
+
+ProcessT = TypeVar("ProcessT", bound=Daemon)
+
+
+@contextmanager
+def _running(process: ProcessT, listeners: int) -> Iterator[ProcessT]:
     try:
         process.wait_until_listening(listeners)
         yield process
@@ -163,9 +204,9 @@ def daemon(
         process.close()
 
 
-def failed_start(*options: str) -> tuple[int, list[str]]:
-    """Run a `kvstored` that cannot start; its exit status and all that it said."""
-    process = Daemon(*options)
+def failed_start(*options: str, kind: type[Daemon] = Daemon) -> tuple[int, list[str]]:
+    """Run a `kvstored`, or another `kind`, that cannot start; its exit status and all it said."""
+    process = kind(*options)
     try:
         return process.wait(), process.lines
     finally:

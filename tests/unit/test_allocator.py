@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from kvstore_daemon.engine.allocator import END, ExtentAllocator
+from kvstore.allocator import END, ExtentAllocator
 
 
 def place(allocator: ExtentAllocator, extent: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ ALLOWED = {
 
 # Modules that take bytes, values, `now` and draws, and return values: what decides.
 PURE = {
+    "kvstore.allocator",
     "kvstore.allowance",
     "kvstore.blocksource",
     "kvstore.checksum",
@@ -39,7 +40,10 @@ PURE = {
     "kvstore.units",
     "kvstore.version",
     "kvstore.wire",
+    "kvstore_client.agent.memory",
+    "kvstore_client.agent.retention",
     "kvstore_client.breaker",
+    "kvstore_client.namespaces",
     "kvstore_client.placement",
     "kvstore_client.scheduler",
     "kvstore_client.selector",

@@ -1,11 +1,7 @@
-"""Options of the daemon, the memory they ask for, its log, and the unit that starts it."""
+"""Options of the daemon, and the unit that starts it."""
 
 from __future__ import annotations
 
-import gc
-import io
-import logging
-import resource
 import shlex
 import shutil
 import subprocess
@@ -16,26 +12,14 @@ import pytest
 
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import ConfigError
+from kvstore.service.options import LISTENERS_MAX
 from kvstore.serving import ServerOptions
 from kvstore.version import VERSION
 from kvstore_daemon.__main__ import main
-from kvstore_daemon.config import LISTENERS_MAX, Config, parse_config
-from kvstore_daemon.memory import (
-    PROCESS_BYTES,
-    SystemMemory,
-    TouchProgress,
-    check_memory,
-    read_system_memory,
-)
-from kvstore_daemon.process import (
-    LogFormatter,
-    printable,
-    raise_descriptor_limit,
-    settle_garbage,
-)
+from kvstore_daemon.config import Config, parse_config
 from tests.support.tree import ROOT
 
-MIB, GIB, TIB = 1024**2, 1024**3, 1024**4
+MIB, GIB = 1024**2, 1024**3
 
 
 def parse(*arguments: str) -> Config:
@@ -177,154 +161,6 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for option in ("listen", "memory", "node-id", "pool-capacity", "drain", "insecure", "version"):
         assert f"--{option}" in text
-
-
-# --- memory ------------------------------------------------------------------------------------
-
-
-def test_an_arena_that_fits_is_taken() -> None:
-    check_memory(GIB, SystemMemory(available_bytes=GIB + PROCESS_BYTES))
-    check_memory(GIB, SystemMemory(available_bytes=TIB, commit_left_bytes=TIB, group_bytes=TIB))
-
-
-@pytest.mark.parametrize(
-    ("memory", "words"),
-    [
-        (SystemMemory(available_bytes=GIB), "1GiB are available (MemAvailable"),
-        (SystemMemory(available_bytes=GIB + PROCESS_BYTES - 1), "1.12GiB are available"),
-        (SystemMemory(available_bytes=TIB, commit_left_bytes=512 * MIB), "512MiB may still be"),
-        (SystemMemory(available_bytes=TIB, commit_left_bytes=-MIB), "0B may still be committed"),
-        (SystemMemory(available_bytes=TIB, group_bytes=GIB), "1GiB are allowed to its control"),
-    ],
-)
-def test_an_arena_that_does_not_fit_is_refused(memory: SystemMemory, words: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_memory(GIB, memory)
-    assert caught.value.option == "--memory"
-    assert caught.value.value == "1GiB"
-    assert words in caught.value.remedy
-    assert "128MiB of them are for the process itself" in caught.value.remedy
-
-
-def fake_system(root: Path, overcommit: int, group: str) -> Path:
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/sys/vm").mkdir(parents=True)
-    (root / "proc/meminfo").write_text(
-        "MemTotal:       2000 kB\nMemAvailable:   1000 kB\nCommitLimit:     900 kB\n"
-        "Committed_AS:    200 kB\nHugePages_Total:       0\n"
-    )
-    (root / "proc/sys/vm/overcommit_memory").write_text(f"{overcommit}\n")
-    (root / "proc/self/cgroup").write_text(f"4:memory:/old\n0::{group}\n")
-    return root
-
-
-def test_reads_what_the_kernel_says(tmp_path: Path) -> None:
-    root = fake_system(tmp_path, 0, "/")
-    assert read_system_memory(root) == SystemMemory(available_bytes=1000 * 1024)
-
-
-def test_counts_promises_where_the_kernel_counts_them(tmp_path: Path) -> None:
-    root = fake_system(tmp_path, 2, "/")
-    assert read_system_memory(root).commit_left_bytes == 700 * 1024
-
-
-def test_the_lowest_limit_of_the_control_groups_around_us_counts(tmp_path: Path) -> None:
-    root = fake_system(tmp_path, 0, "/system.slice/kvstored.service")
-    group = root / "sys/fs/cgroup/system.slice/kvstored.service"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group.parent / "memory.max").write_text("5000000\n")
-    assert read_system_memory(root).group_bytes == 5_000_000
-    (group / "memory.max").write_text("4000000\n")
-    assert read_system_memory(root).group_bytes == 4_000_000
-
-
-def test_this_system_can_be_asked() -> None:
-    assert read_system_memory().available_bytes > 0
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_progress_on_a_terminal_is_one_line_that_goes_away() -> None:
-    terminal, clock = io.StringIO(), Clock()
-    progress = TouchProgress(terminal, clock)
-    progress(64 * MIB, GIB)
-    assert terminal.getvalue() == ""
-    clock.now = 0.1
-    progress(128 * MIB, GIB)
-    progress(192 * MIB, GIB)
-    progress(GIB, GIB)
-    line = "kvstored: arena: 128MiB of 1GiB touched"
-    assert terminal.getvalue() == f"\r\x1b[K{line}\r\x1b[K"
-
-
-def test_progress_in_a_log_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    clock = Clock()
-    progress = TouchProgress(None, clock)
-    for second in range(25):
-        clock.now = float(second)
-        progress(second * GIB, 100 * GIB)
-    assert caplog.messages == [
-        "arena: 10GiB of 100GiB touched",
-        "arena: 20GiB of 100GiB touched",
-    ]
-
-
-# --- the process -------------------------------------------------------------------------------
-
-
-def record(level: int, message: str, *arguments: object) -> logging.LogRecord:
-    return logging.LogRecord("kvstore.x", level, __file__, 1, message, arguments, None)
-
-
-def test_log_lines() -> None:
-    plain = LogFormatter(timed=False)
-    assert plain.format(record(logging.INFO, "listening on %s", "x")) == "kvstored: listening on x"
-    assert plain.format(record(logging.WARNING, "odd")) == "kvstored: warning: odd"
-    timed = LogFormatter(timed=True).format(record(logging.INFO, "up"))
-    assert timed.endswith(" kvstored: up")
-    assert timed[:2] == "20"
-
-
-def test_peers_write_no_lines_into_the_log() -> None:
-    line = LogFormatter(timed=False).format(record(logging.INFO, "from %s", "a\nkvstored: \x1b[2J"))
-    assert line == "kvstored: from a\\nkvstored: \\x1b[2J"
-    assert printable("größer als 1") == "größer als 1"
-
-
-def test_the_limit_of_descriptors_is_raised_as_far_as_allowed(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    soft, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        raise_descriptor_limit(200)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (256, hard)
-        raise_descriptor_limit(300)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, hard)
-        assert not caplog.messages
-        if hard != resource.RLIM_INFINITY:
-            raise_descriptor_limit(hard + 1)
-            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-            assert f"{hard} descriptors are allowed" in caplog.text
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert soft <= hard or hard == resource.RLIM_INFINITY
-
-
-def test_what_a_start_made_is_kept_out_of_garbage_collection() -> None:
-    gc.unfreeze()
-    try:
-        settle_garbage()
-        assert gc.get_freeze_count() > 0
-    finally:
-        gc.unfreeze()
 
 
 # --- the unit ----------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which block lies where: compact columns, one entry a slot. Pure.
 
-A block's *slot* is the number of its extent (`kvstore_daemon.engine.allocator`), so that
+A block's *slot* is the number of its extent (`kvstore.allocator`), so that
 place and neighbours cost nothing more. What a block needs beyond its extent is kept in
 columns indexed by slot, and each namespace has one table from key to slot
 (`kvstore_daemon.engine.keytable`): a Python object a block would cost as much as all of it
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from array import array
 
-from kvstore_daemon.engine.allocator import END
+from kvstore.allocator import END
 from kvstore_daemon.engine.keytable import KeyTable
 
 

@@ -17,11 +17,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from kvstore.allocator import END, PAGES_MAX, ExtentAllocator
 from kvstore.checksum import block_seed, layer_checksums
 from kvstore.errors import LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.messages import PutOutcome
-from kvstore_daemon.engine.allocator import END, PAGES_MAX, ExtentAllocator
 from kvstore_daemon.engine.index import BlockIndex
 from kvstore_daemon.engine.leases import LeaseTable
 from kvstore_daemon.engine.policy import CANDIDATES_MAX, EvictionPolicy

@@ -1,0 +1,1 @@
+"""The agent of a GPU node: a server whose blocks come by two paths."""
