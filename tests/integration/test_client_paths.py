@@ -139,6 +139,33 @@ async def test_a_relay_that_stalls_is_left(order: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.asyncio
+async def test_the_last_word_on_what_was_taken_back_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spread, "STALLED_S", 0.02)
+    monkeypatch.setattr(spread, "LOOK_S", 0.01)
+    keys = chain(40)
+    async with two_paths(keys) as (client, namespace, (node,), relay):
+        await turn(client)
+        relay.gate.chunk_bytes, relay.gate.chunks_left = BLOCK_BYTES, 5
+        node.gate.chunks_left = 0
+        into = room(40)
+        handle = client.fetch(namespace, keys, into, deadline_s=60.0)
+        await until(lambda: client.cluster.relays.inflight.ring[0].inflight_bytes == 0)
+        # The relay answers the cancel while the blocks are on their way direct.
+        await until(lambda: not relay.server.busy)
+        await until(lambda: node.server.busy)
+        node.gate.open()
+        result = await handle
+        await handle.quiesced()
+        check_hits(result, keys, into)
+        assert result.ok, result.errors
+        assert not result.errors
+        assert [run.path for run in result.runs] == ["relay", "direct"]
+        assert node.counter("requests_fetch") == 1
+
+
+@pytest.mark.asyncio
 async def test_a_relay_that_trickles_is_left_for_the_idle_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

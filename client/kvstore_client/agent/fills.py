@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
+from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.messages import FetchOutcome, ServedBy
 from kvstore_client.agent.memory import BlockPool, HeldBlock, layer_mask
 from kvstore_client.handles import AsyncFetchHandle
@@ -78,10 +79,12 @@ class Fill:
     __slots__ = (
         "_fills",
         "_late",
+        "_layers",
         "_mask",
         "_offsets",
         "_open_count",
         "_places",
+        "_span_bytes",
         "askers",
         "blocks",
         "job",
@@ -107,26 +110,42 @@ class Fill:
         self.owner = owner
         self.askers: set[FillAsker] = {owner}
         self.over = False
+        self._layers = layers
         self._mask = layer_mask(layers.start, layers.stop)
         self._offsets = offsets = blocks[0].namespace.geometry.offsets
+        self._span_bytes = offsets[layers.stop] - offsets[layers.start]
         self._open_count = len(blocks)
         self._places: dict[bytes, int] | None = None
         # Blocks with layers that still count as coming, because somebody may write there.
         self._late: list[HeldBlock] = []
-        self.left_bytes = (offsets[layers.stop] - offsets[layers.start]) * len(blocks)
+        self.left_bytes = self._span_bytes * len(blocks)
 
     # --- LayerSink -------------------------------------------------------------------------
 
     def checksums_known(self, index: int, layer_first: int, checksums: bytes) -> None:
         """Checksums of the layers from `layer_first` on that will arrive next."""
-        self.blocks[index].learn(layer_first, checksums)
+        # Nobody is told: their first layer follows, nearly always at once.
+        block = self.blocks[index]
+        at, size = layer_first * CHECKSUM_BYTES, len(checksums)
+        block.checksums[at : at + size] = checksums
+        if size == len(self._layers) * CHECKSUM_BYTES:
+            block.known |= self._mask
+        else:
+            block.known |= layer_mask(layer_first, layer_first + size // CHECKSUM_BYTES)
 
     def layers_arrived(self, index: int, layer_first: int, layer_last: int) -> None:
         """Layers of a block are in its memory."""
-        size_bytes = self._offsets[layer_last] - self._offsets[layer_first]
+        layers, block = self._layers, self.blocks[index]
+        if layer_first == layers.start and layer_last == layers.stop:
+            mask, size_bytes = self._mask, self._span_bytes
+        else:
+            mask = layer_mask(layer_first, layer_last)
+            size_bytes = self._offsets[layer_last] - self._offsets[layer_first]
         self.left_bytes -= size_bytes
-        self._fills.arrived(self.kind, size_bytes)
-        self.blocks[index].arrived(layer_first, layer_last)
+        block.ready |= mask
+        block.coming &= ~mask
+        for tell in (*block.watchers.values(),):
+            tell(block)
 
     # --- its end ---------------------------------------------------------------------------
 
@@ -212,13 +231,12 @@ class Fills:
     ) -> None:
         self.pool = pool
         self.under_way: set[Fill] = set()
-        self.on_arrived: Callable[[FillKind, int], None] = lambda kind, size_bytes: None
         self._loop = loop
         self._starter = starter
         self._verify = verify
         self._counters = counters
-        # Fills that bring layers of a block, nearly always one.
-        self._of: dict[HeldBlock, tuple[Fill, ...]] = {}
+        # Fills that bring layers of a block; nearly always one, and then without a tuple.
+        self._of: dict[HeldBlock, Fill | tuple[Fill, ...]] = {}
 
     @property
     def left_bytes(self) -> int:
@@ -239,7 +257,8 @@ class Fills:
 
     def of(self, block: HeldBlock) -> tuple[Fill, ...]:
         """Fills that bring layers of a block."""
-        return self._of.get(block, ())
+        found = self._of.get(block, ())
+        return found if isinstance(found, tuple) else (found,)
 
     def begin(
         self,
@@ -262,15 +281,18 @@ class Fills:
         """
         fill = Fill(self, blocks, layers, kind, owner)
         mask = layer_mask(layers.start, layers.stop)
+        pin, of = self.pool.pin, self._of
         for block in blocks:
-            self.pool.pin(block)
+            pin(block)
             block.coming |= mask
-            self._of[block] = (*self._of.get(block, ()), fill)
+            of[block] = fill if block not in of else (*self.of(block), fill)
+        offsets = namespace.geometry.offsets
+        begin, end = offsets[layers.start], offsets[layers.stop]
         now = self._loop.time()
         job = fill.job = FillJob(
             namespace,
             chain,
-            [block.layers(layers.start, layers.stop) for block in blocks],
+            [block.view[begin:end] for block in blocks],
             layers,
             group_layers,
             now,
@@ -288,15 +310,12 @@ class Fills:
         self._starter.begin_fetch(job)
         return fill
 
-    def arrived(self, kind: FillKind, size_bytes: int) -> None:
-        """Layers are here."""
-        self.on_arrived(kind, size_bytes)
-
     def done(self, fill: Fill, block: HeldBlock) -> None:
         """A fill has nothing more to do with a block."""
-        rest = tuple(other for other in self._of.pop(block, ()) if other is not fill)
-        if rest:
-            self._of[block] = rest
+        found = self._of.pop(block, None)
+        if isinstance(found, tuple):
+            rest = tuple(other for other in found if other is not fill)
+            self._of[block] = rest if len(rest) > 1 else rest[0]
 
     def leave(self, asker: FillAsker, fills: Sequence[Fill]) -> None:
         """Somebody waits no more; what nobody waits for any more, and no engine is to have,

@@ -161,6 +161,8 @@ class PoolFetch(FetchStream):
         self._next = 0
         self._blocks: list[HeldBlock | None] = [None] * count
         self._indices: dict[HeldBlock, tuple[int, ...]] = {}
+        self._twins = False  # whether a key occurs twice
+        self._tell = self._moved  # one object for all watchers
         self._charged = bytearray(count)  # counts for the window
         self._used_bytes = 0
         # Of each block the next byte to give out: a group, and where in it.
@@ -413,17 +415,19 @@ class PoolFetch(FetchStream):
 
     def _find(self, index: int) -> bool:
         """Find or make the block of a key; whether to go on with the next."""
-        pool, key = self._pool, self._keys[index]
-        block = pool.find(self._namespace.id, key)
-        if block is None and self._source.kind is None:
-            self._await(index)
-            return True
-        if block is None and not self._without_room:
-            block = pool.reserve(self._namespace, key)
+        pool, namespace, key = self._pool, self._namespace, self._keys[index]
+        if self._source.kind is None or self._without_room:
+            block = pool.find(namespace.id, key)
+            if block is None and self._source.kind is None:
+                self._await(index)
+                return True
+        else:
+            block = pool.reserve(namespace, key)
             if block is None:
                 self._wait_for_room()
                 return False
-            self._cancel_room_timer()
+            if self._room_timer is not None:
+                self._cancel_room_timer()
         if block is None:
             self._counters["relay_no_room"] += 1
             self._fail(index, FetchOutcome.UNAVAILABLE)
@@ -439,17 +443,16 @@ class PoolFetch(FetchStream):
             if not (self._tiers[index] or self._groups[index] or self._offsets[index]):
                 self._tiers[index], self._ways[index] = Tier.ARENA, ServedBy.HELD
             self._charge(index, not block.leases)
-            self._is_ready[index] = 1
-            if not self._ready:
-                self._ready.append(index)
-                self.on_ready()
-            else:
-                self._ready.append(index)
+            self._make_ready(index)
             return
         # What others wait for at our node is kept by whoever brings it.
         self._charge(index, self._source.kind is not None)
-        self._indices[block] = (*self._indices.get(block, ()), index)
-        block.watchers[self] = self._moved
+        if block in self._indices:
+            self._twins = True
+            self._indices[block] = (*self._indices[block], index)
+        else:
+            self._indices[block] = (index,)
+        block.watchers[self] = self._tell
         self._tiers[index] = Tier.RELAY
 
     def _charge(self, index: int, charged: bool) -> None:
@@ -461,7 +464,7 @@ class PoolFetch(FetchStream):
         """Ask for what is missing of blocks that were taken up, and keep them if need be."""
         wanted: list[tuple[int, int]] = []
         kept: list[HeldBlock] = []
-        pieces, source = self._pieces, self._source
+        source, mask = self._source, self._mask
         for index in taken:
             block = self._blocks[index]
             if block is None:
@@ -469,9 +472,9 @@ class PoolFetch(FetchStream):
             kept.append(block)
             if self._is_ready[index]:
                 continue
-            if block.coming & self._mask and not self._join(index, block):
+            if block.coming & mask and not self._join(index, block):
                 continue
-            missing = block.missing(pieces.layer_first, pieces.layer_last)
+            missing = mask & ~(block.ready | block.coming)
             if missing and source.kind is not None:
                 self._tries[index] += 1
                 wanted.append((index, missing))
@@ -532,6 +535,8 @@ class PoolFetch(FetchStream):
         block = self._blocks[index]
         if block is None:
             return True
+        if not self._twins:
+            return False
         return len(self._indices.get(block, ())) > 1 and any(
             self._blocks[other] is block for other in run
         )
@@ -540,8 +545,7 @@ class PoolFetch(FetchStream):
         self, run: Sequence[int], kind: FillKind, route: Route, first: int, last: int
     ) -> None:
         blocks = [block for index in run if (block := self._blocks[index]) is not None]
-        missing = [block for block in blocks if block.missing(first, last)]
-        if len(missing) < len(blocks):
+        if self._twins and not all(block.missing(first, last) for block in blocks):
             # A twin of one that was asked for a moment ago.
             for index in run:
                 self._look_at(index)
@@ -562,6 +566,11 @@ class PoolFetch(FetchStream):
         if self._stopped:
             return
         self._asked.add(fill)
+        if kind is not FillKind.ANY and not self._told_by:
+            way = kind.way
+            for index in run:
+                self._ways[index] = way
+            return
         for index in run:
             if self._blocks[index] is not None:
                 self._note_way(index, fill)
@@ -582,9 +591,20 @@ class PoolFetch(FetchStream):
 
     def _moved(self, block: HeldBlock) -> None:
         """Layers of a watched block are here, or it was dropped."""
+        mask, is_ready = self._mask, self._is_ready
         for index in self._indices.get(block, ()):
-            if not self._is_ready[index]:
+            if is_ready[index]:
+                continue
+            if block.ready & block.known & mask == mask:
+                self._make_ready(index)
+            else:
                 self._look(index, block)
+
+    def _make_ready(self, index: int) -> None:
+        self._is_ready[index] = 1
+        self._ready.append(index)
+        if len(self._ready) == 1:
+            self.on_ready()
 
     def _look_at(self, index: int) -> None:
         block = self._blocks[index]
@@ -595,12 +615,7 @@ class PoolFetch(FetchStream):
         """Whether something of a block can be given out, or nobody brings it any more."""
         at = self._offsets[index]
         if self._here(block, self._groups[index], at) > at:
-            self._is_ready[index] = 1
-            if not self._ready:
-                self._ready.append(index)
-                self.on_ready()
-            else:
-                self._ready.append(index)
+            self._make_ready(index)
         elif self._mask & ~(block.ready | block.coming):
             self._lost(index, block)
 

@@ -69,7 +69,9 @@ class Shipment:
         self._on_bytes = on_bytes
         self._done: asyncio.Future[None] = loop.create_future()
         self._exchange: Exchange | None = None  # while it is not sent
-        self._transfer = job.transfer(indices, on_failed)
+        self._on_failed = on_failed
+        self._given_up = False
+        self._transfer = job.transfer(indices, self._failed)
         self._transfer.on_bytes = self._arrived
         self.size_bytes = len(indices) * self._transfer.pieces.span_bytes
         self._request_id = 0
@@ -133,7 +135,13 @@ class Shipment:
         self.moved_at = self._loop.time()
         self._on_bytes(size_bytes)
 
+    def _failed(self, index: int, outcome: FetchOutcome) -> None:
+        # The last word on what was taken back may still come.
+        if not self._given_up:
+            self._on_failed(index, outcome)
+
     def _stop(self) -> None:
+        self._given_up = True
         if self._exchange is not None:
             self._link.cancel_fetch(self._request_id)
         self._settle(None)
