@@ -49,6 +49,9 @@ TRIALS_MAX = 1000
 SECONDS_MAX = 3600.0
 # A stream has found its rate by then, and a selector has learnt what it can.
 WARM_S = 2.0
+# Before a fetch that shall find everything idle: two intervals of load reports, so that nobody
+# has heard of anything else.
+IDLE_S = 0.4
 # Each policy's own fetches before those that count.
 WARM_FETCHES = 2
 # Large enough to be split, and enough of them to keep every link busy.
@@ -154,26 +157,41 @@ async def single(options: Options) -> list[Figure]:
     )
     figures = []
     async with bed(plan) as on:
+
+        async def fetch_one(policy: str) -> Sample:
+            await asyncio.sleep(IDLE_S)
+            return await on.load(policy, count=1, check=True)
+
         for policy in policies:
-            first = await on.load(policy, count=1, check=True)
+            first = await fetch_one(policy)
             times = [first.done.elapsed_s[0] * 1e3]
             figures.append(Figure("single", f"{policy}, the first of all", "ms", times))
-            await on.load(policy, count=WARM_FETCHES, check=True)
-        samples = await _rounds(
-            on, policies, options.trials, lambda policy: on.load(policy, count=1, check=True)
-        )
-    times_of = {
-        policy: [sample.done.elapsed_s[0] for sample in found] for policy, found in samples.items()
-    }
-    for policy, times in times_of.items():
-        figures.append(Figure("single", policy, "ms", [time * 1e3 for time in times]))
-    for policy, times in times_of.items():
-        if policy != DIRECT:
-            ratios = [one / other for one, other in zip(times, times_of[DIRECT], strict=True)]
-            at_most = 0.56 if policy == "balanced" else None
-            name = f"{policy} beside {DIRECT}"
-            figures.append(Figure("single", name, "ratio", ratios, at_most=at_most))
-    return [*figures, *_relayed("single", samples)]
+            for _ in range(WARM_FETCHES):
+                await fetch_one(policy)
+        samples = await _rounds(on, policies, options.trials, fetch_one)
+    return [*figures, *_single_times(samples), *_relayed("single", samples)]
+
+
+def _single_times(samples: dict[str, list[Sample]]) -> list[Figure]:
+    """Times of all policies, of each beside `direct`, and beside what was estimated."""
+    figures, ratios = [], []
+    for policy, found in samples.items():
+        times = [sample.done.elapsed_s[0] for sample in found]
+        notes = [sample.done.plans[0] for sample in found]
+        milliseconds = [time_s * 1e3 for time_s in times]
+        figures.append(Figure("single", policy, "ms", milliseconds, notes=notes))
+        if policy == DIRECT:
+            continue
+        directly = [sample.done.elapsed_s[0] for sample in samples[DIRECT]]
+        found_ratios = [one / other for one, other in zip(times, directly, strict=True)]
+        at_most = 0.56 if policy == "balanced" else None
+        name = f"{policy} beside {DIRECT}"
+        ratios.append(Figure("single", name, "ratio", found_ratios, at_most=at_most))
+        estimates = [sample.done.estimates_s[0] for sample in found]
+        if all(estimates):
+            beside = [one / other for one, other in zip(times, estimates, strict=True)]
+            ratios.append(Figure("single", f"{policy} beside its estimate", "ratio", beside))
+    return [*figures, *ratios]
 
 
 async def loopback(options: Options) -> list[Figure]:
@@ -279,6 +297,7 @@ def as_json(options: Options, figures: Sequence[Figure]) -> dict[str, Any]:
                 "at_least": figure.at_least,
                 "at_most": figure.at_most,
                 "met": figure.met,
+                "notes": list(figure.notes),
             }
             for figure in figures
         ],

@@ -478,6 +478,7 @@ class AsyncClient:
             corrupt_blocks     came damaged; those too of which another daemon had a good copy
             reconnects         links that were lost and are up again
             breaker_openings   times that a daemon was left alone
+            reports_refused    load reports in which a peer spoke for another node
         """
         return dict(self.cluster.counters)
 

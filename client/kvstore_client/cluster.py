@@ -166,13 +166,17 @@ class Cluster(Ways):
             draws=draws,
             counters=self.counters,
         )
-        self._links = [PeerLink(self._loop, endpoint, setup) for endpoint in self._parsed]
+        # One hop only: what an agent takes for storage must be no agent itself.
+        daemon_only = options.role is Role.AGENT
+        self._links = [
+            PeerLink(self._loop, endpoint, setup, daemon_only) for endpoint in self._parsed
+        ]
         agents = [PeerLink(self._loop, endpoint, setup) for endpoint in self._relay_endpoints]
         self.relays = Relays(
             options.node_id, options.policy, self._links, agents, self.reports, draws
         )
         self._peers = PeerLinks(self._loop, setup, self._namespaces)
-        tries = [asyncio.ensure_future(link.tried()) for link in self._links]
+        tries = [asyncio.ensure_future(link.tried()) for link in (*self._links, *agents)]
         try:
             await asyncio.wait(tries, timeout=2 * options.connect_timeout_s)
         finally:

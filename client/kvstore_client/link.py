@@ -112,15 +112,21 @@ class PeerLink:
 
     Args:
         endpoint: Where the peer is.
+        daemon_only: Refuse a peer that is the agent of a node.
 
     Attributes:
         fetch_slots, put_slots: To be held around `fetch` and `put`.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, endpoint: Endpoint, setup: LinkSetup
+        self,
+        loop: asyncio.AbstractEventLoop,
+        endpoint: Endpoint,
+        setup: LinkSetup,
+        daemon_only: bool = False,
     ) -> None:
         self.endpoint = endpoint
+        self._daemon_only = daemon_only
         self.welcome: Welcome | None = None
         self.transport = endpoint.scheme
         self.breaker = CircuitBreaker()
@@ -169,6 +175,11 @@ class PeerLink:
         if self._channels is None:
             return math.inf
         return now - max(connection.received_at for connection in self._channels)
+
+    @property
+    def fetched_at(self) -> float:
+        """Loop time at which something has last come for any fetch."""
+        return self._channels.fetch.received_at if self._channels is not None else -math.inf
 
     @property
     def is_agent(self) -> bool:
@@ -370,8 +381,12 @@ class PeerLink:
             self._loop.call_later(CANCEL_GRACE_S, self._check_idle, self._channels, transfer)
 
     def take_report(self, report: LoadReport) -> None:
-        """A reply brought a load report along."""
-        self._setup.on_report(report)
+        """A load report has come, pushed or with a reply; of nobody but the peer itself: one
+        that spoke for others could make all of them look full, or their own reports old."""
+        if report.node_id == self.peer:
+            self._setup.on_report(report)
+        else:
+            self._counters["reports_refused"] += 1
 
     def report_corrupt(self, namespace: Namespace, keys: Sequence[bytes]) -> None:
         """Blocks came from the peer that do not match their checksums: it looks at its own."""
@@ -489,6 +504,13 @@ class PeerLink:
             raise
         if isinstance(result, Exception):
             raise result
+        if self._daemon_only and result.role is Role.AGENT:
+            # Two of them that are each other's storage would ask each other without end.
+            refusal = RefusedError(
+                f"{result.node_id} is the agent of a node: an agent reads from daemons only"
+            )
+            connection.close(refusal)
+            raise refusal
         self.welcome = result
         return connection
 
@@ -514,7 +536,7 @@ class PeerLink:
     def _subscribe(self) -> None:
         assert self._channels is not None
         _client(self._channels.control).subscribe(
-            next(self._request_ids), Subscribe(), lambda reply: None, self._setup.on_report
+            next(self._request_ids), Subscribe(), lambda reply: None, self.take_report
         )
 
     async def _watch(self) -> None:

@@ -24,7 +24,7 @@ from kvstore_client.selector import (
     Selector,
     Span,
 )
-from kvstore_client.selector.estimates import usable
+from kvstore_client.selector.estimates import storage_limit_Bps, usable
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,9 @@ class Relays:
             daemon.up = link.usable
         self._name()
         for node_id, link in self._by_node.items():
-            self.inflight.relays[node_id].share = link.share(now)
+            meter = self.inflight.relays[node_id]
+            meter.share = link.share(now)
+            meter.limit_Bps = storage_limit_Bps(self._reports.report(node_id))
 
     def _name(self) -> None:
         """Learn the node ids of relays that have answered for the first time."""

@@ -41,13 +41,13 @@ CHUNK_BYTES_MAX = 32 * 1024 * 1024
 CHUNK_BYTES_FIRST = 4 * 1024 * 1024
 # What must be saved before a block changes its lane: a request and its hop.
 MOVE_S_MIN = 0.005
-# A shipment that is under way is taken back when another lane would be so many times faster,
-# and it is late by more than noise: its bytes so far were for nothing.
+# A shipment that is under way is taken back when it takes so many times longer than expected,
+# and is late by more than noise: its bytes so far were for nothing.
 LATE_FACTOR = 3.0
 LATE_S_MIN = 0.05
-# Where lanes are not to take over, of the time that is left for the request: what would use
-# up more of it may end too late.
-LATE_SHARE = 0.5
+# Where lanes are not to take over, or nothing is known of their rate: of the time that a
+# request has, so that the other path has as much.
+LATE_SHARE = 0.4
 # Nothing has come of a shipment: of a peer that says nothing else either, and of one that
 # pushes load reports and may have much to do.
 SILENT_S = 0.5
@@ -238,13 +238,13 @@ class Spread:
         if not lane.under_way or not self._chunked:
             return True
         chunk_bytes = self._chunk_bytes(lane)
-        window_bytes = max(2 * chunk_bytes, WINDOW_S * lane.meter.observed_Bps)
+        window_bytes = max(2 * chunk_bytes, WINDOW_S * lane.meter.seen_Bps)
         return lane.meter.inflight_bytes + chunk_bytes <= window_bytes or (
             lane.sent_bytes < chunk_bytes
         )
 
     def _chunk_bytes(self, lane: Lane) -> int:
-        rate_Bps = lane.meter.observed_Bps
+        rate_Bps = lane.meter.seen_Bps
         if not rate_Bps:
             return CHUNK_BYTES_FIRST
         return int(min(max(CHUNK_S * rate_Bps, CHUNK_BYTES_MIN), CHUNK_BYTES_MAX))
@@ -276,6 +276,10 @@ class Spread:
     async def _run(self, lane: Lane, shipment: Shipment) -> None:
         link, job, meter = lane.link, self._job, lane.meter
         meter.sent(self._loop.time(), shipment.size_bytes)
+        rate_Bps = self._rate_Bps(lane)
+        if rate_Bps:
+            # Behind all that is under way on the same link, whoever asked for it.
+            shipment.expected_s = meter.inflight_bytes / rate_Bps
         try:
             async with link.fetch_slots:
                 if self._over() or shipment.ended:
@@ -330,7 +334,7 @@ class Spread:
 
     def _rate_Bps(self, lane: Lane) -> float:
         """What a lane brings a second; lanes of daemons share the link of this node."""
-        rate_Bps = lane.meter.observed_Bps
+        rate_Bps = lane.meter.seen_Bps
         if lane.relay:
             return rate_Bps
         busy = sum(
@@ -412,21 +416,19 @@ class Spread:
 
     def _silent(self, lane: Lane, shipment: Shipment, now: float) -> bool:
         limit_s = SILENT_S if lane.link.silent_s(now) >= SILENT_S else STALLED_S
-        if now - shipment.moved_at < min(limit_s, STALLED_SHARE * self._job.deadline_s):
-            return False
-        # Whoever has brought bytes of another shipment since then works in order.
-        if any(one.moved_at > shipment.moved_at for one in lane.under_way if one.arrived_bytes):
+        # Whoever brings bytes of other requests works in order.
+        moved_at = max(shipment.moved_at, lane.link.fetched_at)
+        if now - moved_at < min(limit_s, STALLED_SHARE * self._job.deadline_s):
             return False
         return any(self._other_way(lane, index) for index in shipment.pending())
 
     def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:
-        """Whether the other path is idle and would bring a shipment much sooner, or in time."""
-        rate_Bps = self._rate_Bps(lane)
-        # What has been silent for some time may well be so for as long again.
-        left_s = now - max(one.moved_at for one in lane.under_way)
-        if rate_Bps:
-            left_s = max(left_s, lane.sent_bytes / rate_Bps)
-        if left_s < (LATE_S_MIN if self._eager else LATE_SHARE * (self._job.deadline_at - now)):
+        """Whether a shipment is overdue while the other path is idle and would be in time."""
+        age_s = now - shipment.begun_at
+        limit_s = LATE_SHARE * self._job.deadline_s
+        if self._eager and shipment.expected_s:
+            limit_s = min(limit_s, LATE_S_MIN + LATE_FACTOR * shipment.expected_s)
+        if age_s < limit_s:
             return False
         others = [one for one in self._lanes.values() if one.relay != lane.relay]
         if any(one.waiting or one.under_way for one in others):
@@ -435,10 +437,8 @@ class Spread:
         if not pending:
             return False
         _, link, meter = self._other(lane, pending[0])
-        other_Bps = meter.observed_Bps
-        return bool(
-            link.usable and other_Bps and left_s > LATE_FACTOR * shipment.size_bytes / other_Bps
-        )
+        here_Bps = shipment.arrived_bytes / age_s
+        return link.usable and (not meter.seen_Bps or meter.seen_Bps > here_Bps)
 
     def _other(self, lane: Lane, index: int) -> tuple[FetchPath, PeerLink, PathMeter]:
         """The way that a block goes when it is taken from a lane."""

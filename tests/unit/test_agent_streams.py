@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from kvstore.messages import FetchOutcome, FetchSource, ServedBy, Tier
-from kvstore_client.agent import streams
+from kvstore_client.agent import terms
 from kvstore_client.agent.fills import FillKind
 from kvstore_client.jobs import Route
 from tests.support.engine import key
@@ -309,6 +309,50 @@ async def test_a_block_that_fails_half_way_ends_so(outcome: FetchOutcome) -> Non
     bench.check_idle()
 
 
+async def test_a_peer_that_does_not_answer_leaves_time_to_ask_storage() -> None:
+    bench = FillBench()
+    now = bench.loop.time()
+    reader = bench.fetch(
+        1,
+        group=1,
+        source=ANY,
+        peer_route=Route(peer="tcp://127.0.0.1:1"),
+        wait_until=now + 10,
+        deadline_at=now + 20,
+    )
+    first = bench.jobs[0]
+    assert abs(first.job.deadline_at - (now + 15)) < 0.1
+    first.deliver(layers=(0, 1))
+    assert reader.read() == 1
+    first.end()  # its deadline
+    await asyncio.sleep(0)
+    second = bench.jobs[1]
+    assert (second.job.route.peer, second.job.layers) == ("", range(1, 3))
+    assert abs(second.job.deadline_at - (now + 20)) < 0.1
+    second.deliver()
+    second.end()
+    assert reader.end() == [bench.expected(1)]
+    bench.check_idle()
+
+
+async def test_what_may_still_be_written_is_not_asked_for_again_before_that_ends() -> None:
+    bench = FillBench()
+    first, second = bench.fetch(1), bench.fetch(1)
+    job = bench.jobs[0]
+    job.deliver(layers=(0, 1))
+    job.job.finished(job)
+    job.job.time_out()  # somebody may still write
+    await asyncio.sleep(0)
+    assert first.end() == [TIMEOUT]
+    assert len(bench.jobs) == 1
+    job.job.let_go()
+    await asyncio.sleep(0)
+    bench.jobs[1].deliver()
+    bench.jobs[1].end()
+    assert second.end() == [bench.expected(1)]
+    bench.check_idle()
+
+
 async def test_layers_that_were_here_outlive_a_miss_of_the_rest() -> None:
     bench = FillBench()
     held = bench.hold(1, 0, 1)
@@ -364,9 +408,9 @@ async def test_a_stop_in_the_midst_of_giving_out_keeps_what_was_sent_as_hits() -
 
 
 async def test_a_slow_reader_slows_storage_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = streams._SOURCES[FetchSource.RELAY]
+    source = terms.SOURCES[FetchSource.RELAY]
     small = source._replace(window_bytes=4 * 4096, run_bytes=2 * 4096)
-    monkeypatch.setitem(streams._SOURCES, FetchSource.RELAY, small)
+    monkeypatch.setitem(terms.SOURCES, FetchSource.RELAY, small)
     bench = FillBench(blocks=64)
     reader = bench.fetch(*range(12))
     assert [job.numbers for job in bench.jobs] == [[0, 1], [2, 3]]
@@ -391,9 +435,9 @@ async def test_a_slow_reader_slows_storage_down(monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_failures_make_room_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = streams._SOURCES[FetchSource.RELAY]
+    source = terms.SOURCES[FetchSource.RELAY]
     small = source._replace(window_bytes=2 * 4096, run_bytes=4096)
-    monkeypatch.setitem(streams._SOURCES, FetchSource.RELAY, small)
+    monkeypatch.setitem(terms.SOURCES, FetchSource.RELAY, small)
     bench = FillBench(blocks=64)
     reader = bench.fetch(*range(6))
     while bench.jobs:
@@ -495,8 +539,7 @@ async def test_what_does_not_come_in_time_is_a_miss() -> None:
     bench.hold(2, 0, 1)
     bench.hold(3)
     reader.read()
-    bench.fills.now = lambda: until  # type: ignore[method-assign]
-    reader.stream._waited()
+    reader.stream._waited()  # the timer
     assert reader.end() == [MISS, MISS, bench.expected(3)]
     bench.check_idle()
 
@@ -511,7 +554,7 @@ async def test_a_peer_that_stops_waits_for_nothing() -> None:
 
 
 async def test_kinds_are_ordered_so_that_nodes_never_wait_in_a_circle() -> None:
-    kinds = {source: streams._SOURCES[source] for source in FetchSource}
+    kinds = {source: terms.SOURCES[source] for source in FetchSource}
     # Asked by another node, it waits for fills of lower kinds than the asker's own.
     assert kinds[FetchSource.RELAY].joined < FillKind.ANY
     assert kinds[FetchSource.PEER].joined < FillKind.PEER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from itertools import pairwise
@@ -18,6 +19,7 @@ from kvstore_client.selector.gain import (
     PROBE_S,
     TRIAL_INTERVAL_S_MAX,
     TRIAL_INTERVAL_S_MIN,
+    TRIAL_REQUESTS_MIN,
     TRIAL_S_MAX,
     Evidence,
     GainMeter,
@@ -282,7 +284,8 @@ def test_evidence_is_an_average_that_forgets() -> None:
 
 def test_hope_then_a_trial_of_direct_then_a_verdict() -> None:
     gain = GainMeter()
-    assert gain.allowance_s(0.0, 0.02) == math.inf
+    for _ in range(TRIAL_REQUESTS_MIN):
+        assert gain.allowance_s(0.0, 0.02) == math.inf
     now = flow(gain, 0.0, TRIAL_INTERVAL_S_MIN, 500e6, 100e6)
     assert gain.allowance_s(now, 0.02) == 0.0
     now = flow(gain, now, DIRECT_TRIAL_S, 1e9, 0)
@@ -310,7 +313,8 @@ def test_where_it_gains_it_goes_on_and_trials_become_rare() -> None:
 
 def test_a_probe_is_short_and_alone_and_brings_splitting_back() -> None:
     gain = GainMeter()
-    gain.allowance_s(0.0, 0.02)
+    for _ in range(TRIAL_REQUESTS_MIN):
+        gain.allowance_s(0.0, 0.02)
     now = flow(gain, 0.0, TRIAL_INTERVAL_S_MIN, 500e6, 100e6)
     gain.allowance_s(now, 0.02)
     now = flow(gain, now, DIRECT_TRIAL_S, 1e9, 0)
@@ -332,7 +336,8 @@ def test_a_long_request_is_tried_direct_only_when_nothing_shorter_comes() -> Non
 
 def test_a_trial_that_shows_nothing_is_given_up() -> None:
     gain = GainMeter()
-    gain.allowance_s(0.0, 0.02)
+    for _ in range(TRIAL_REQUESTS_MIN):
+        gain.allowance_s(0.0, 0.02)
     assert gain.allowance_s(1.0, 0.02) == 0.0
     assert gain.allowance_s(1.0 + TRIAL_S_MAX, 0.02) == 0.0
     assert gain.allowance_s(1.1 + TRIAL_S_MAX, 0.02) == math.inf
@@ -340,7 +345,8 @@ def test_a_trial_that_shows_nothing_is_given_up() -> None:
 
 def test_a_trial_waits_for_relayed_bytes_to_drain() -> None:
     gain = GainMeter()
-    gain.allowance_s(0.0, 0.02)
+    for _ in range(TRIAL_REQUESTS_MIN):
+        gain.allowance_s(0.0, 0.02)
     gain.moved(0.9, True, 100 * MIB, 0)
     assert gain.allowance_s(1.0, 0.02) == 0.0
     assert gain.allowance_s(5.0, 0.02) == 0.0
@@ -350,7 +356,8 @@ def test_a_trial_waits_for_relayed_bytes_to_drain() -> None:
 
 def test_a_trial_of_direct_begins_with_the_last_relayed_byte() -> None:
     gain = GainMeter()
-    gain.allowance_s(0.0, 0.02)
+    for _ in range(TRIAL_REQUESTS_MIN):
+        gain.allowance_s(0.0, 0.02)
     gain.moved(0.98, False, 1000 * MIB, 0)
     gain.moved(0.98, True, MIB, 0)
     assert gain.allowance_s(1.0, 0.02) == 0.0
@@ -359,3 +366,21 @@ def test_a_trial_of_direct_begins_with_the_last_relayed_byte() -> None:
         gain.moved(1.05 + step * 0.01, False, -MIB, MIB)
     assert gain.direct.rate_Bps == pytest.approx(100 * MIB, rel=0.01)
     assert gain.direct.seen_at <= 1.05 + DIRECT_TRIAL_S + 0.011
+
+
+def test_however_rarely_requests_come_few_of_them_pay_for_a_trial() -> None:
+    gain = GainMeter()
+    trials = []
+    for number in range(40):
+        now = 60.0 * number  # long past any interval
+        if not gain.allowance_s(now, 0.1):
+            trials.append(number)
+            while gain._trial_at is not None:
+                now = flow(gain, now, 0.1, 500e6, 0.0)
+            gain.splitting = True
+        else:
+            flow(gain, now, 0.3, 500e6, 500e6)
+    assert trials[0] >= TRIAL_REQUESTS_MIN
+    gaps = [b - a for a, b in itertools.pairwise(trials)]
+    assert gaps == sorted(gaps)
+    assert len(trials) <= 6

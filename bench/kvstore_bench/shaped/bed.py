@@ -19,10 +19,11 @@ MIB = 1024 * 1024
 # Blocks as of 16 tokens of a model of some ten billion parameters.
 LAYER_BYTES = (64 * 1024,) * 16
 BLOCK_BYTES = sum(LAYER_BYTES)
-# An agent that had room for all prefixes would relay from its memory. Two requests more than
-# are under way leave it room to work, and half of what is fetched in turn does not fit.
-_AGENT_REQUESTS_MORE = 2
-_PREFIXES_PER_AGENT_REQUEST = 3
+# An agent that had room for all prefixes would relay from its memory. One request more than are
+# under way leaves it room to work. Of all that is fetched in turn, sixteen times as much, a policy
+# that relays a quarter of it, and every third fetch only, still finds nothing there.
+_AGENT_REQUESTS_MORE = 1
+_PREFIXES_PER_AGENT_REQUEST = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ class Figure:
         values: One a trial, or one a report.
         at_least, at_most: The target, for `value`.
         value: The median, unless something else was meant.
+        notes: What there is to say to each value.
     """
 
     measurement: str
@@ -24,6 +25,7 @@ class Figure:
     at_least: float | None = None
     at_most: float | None = None
     value: float = field(default=float("nan"))
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.value != self.value:

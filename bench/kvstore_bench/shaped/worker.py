@@ -103,7 +103,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
         path_bytes: Of all fetches that count, by path, from their beginning to their end.
         failed_blocks: Blocks that are no hits or have wrong bytes.
         error: Why, or why the step could not be done.
-        plan: What the selector said of the last fetch.
+        estimates_s, plans: What the selector said of each fetch that counts.
         arrivals: Of load reports: node id, boot id in hexadecimal, seq, and when it came, by
             the clock of the host.
     """
@@ -114,7 +114,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     path_bytes: dict[str, int] = {}
     failed_blocks: int = 0
     error: str = ""
-    plan: str = ""
+    estimates_s: list[float] = []
+    plans: list[str] = []
     arrivals: list[tuple[str, str, int, float]] = []
 
 
@@ -149,6 +150,8 @@ class _Fetched(msgspec.Struct):
     elapsed_s: float
     size_bytes: int
     path_bytes: dict[str, int]
+    estimate_s: float
+    plan: str
 
     def share(self, first_at: float, last_at: float) -> float:
         """Which part of its time lay within these times.
@@ -248,7 +251,6 @@ class Worker:
         fetched: list[_Fetched] = []
         under_way: dict[int, float] = {}
         problems: Counter[str] = Counter()
-        plans = [""]
 
         def goes_on() -> bool:
             # Until all that began in time has ended: what is last must not have the links for
@@ -260,7 +262,7 @@ class Worker:
             while goes_on() and next(left, None) is not None:
                 under_way[place] = time.monotonic()
                 keys = prefix_keys(next(self._numbers) % step.prefixes, self._setup.request_blocks)
-                one = await self._fetch(client, namespace, keys, place, step, problems, plans)
+                one = await self._fetch(client, namespace, keys, place, step, problems)
                 del under_way[place]
                 fetched.append(one)
 
@@ -280,7 +282,8 @@ class Worker:
             path_bytes=dict(path_bytes),
             failed_blocks=problems.total(),
             error="; ".join(problems),
-            plan=plans[-1],
+            estimates_s=[one.estimate_s for one in counted],
+            plans=[one.plan for one in counted],
         )
 
     async def _fetch(
@@ -291,7 +294,6 @@ class Worker:
         place: int,
         step: Load,
         problems: Counter[str],
-        plans: list[str],
     ) -> _Fetched:
         relayed: dict[str, Any] = {}
         if step.policy != DIRECT:
@@ -303,7 +305,6 @@ class Worker:
         result = await handle
         ended_at = time.monotonic()
         await handle.quiesced()
-        plans[-1] = getattr(result, "plan", "")
         failed = len(keys) - result.outcomes.count(FetchOutcome.HIT)
         if failed:
             problems[", ".join(map(str, result.errors)) or "blocks are missing"] += failed
@@ -314,7 +315,14 @@ class Worker:
         path_bytes: Counter[str] = Counter()
         for run in result.runs:
             path_bytes[run.path] += run.bytes
-        return _Fetched(ended_at, ended_at - began_at, result.bytes, dict(path_bytes))
+        return _Fetched(
+            ended_at,
+            ended_at - began_at,
+            result.bytes,
+            dict(path_bytes),
+            result.estimate_s,
+            result.plan,
+        )
 
 
 async def work() -> None:

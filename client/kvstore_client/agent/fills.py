@@ -23,6 +23,8 @@ from kvstore_client.placement import PlacedKeys
 
 _WAYS = tuple(ServedBy)
 _OUTCOMES = tuple(FetchOutcome)
+# Nothing is wrong with the bytes that have come before.
+_CUT_OFF = (FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
 
 
 class FillKind(enum.IntEnum):
@@ -175,9 +177,8 @@ class Fill:
         for asker in list(self.askers):
             asker.fill_failed(self, block, told)
         mask = self._mask & ~block.ready
-        if outcome != FetchOutcome.MISS and block.ready & ~self._mask and not block.dropped:
-            # Others have brought layers of it. What of ours is missing may come again when
-            # nobody writes there any more.
+        if outcome in _CUT_OFF and block.ready and not block.dropped:
+            # What is here is good. The rest may come again when nobody writes there any more.
             if self.job.handle.quiet.done():
                 block.coming &= ~mask
                 block.notify()

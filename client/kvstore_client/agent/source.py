@@ -55,7 +55,8 @@ from kvstore_client.agent.puts import OfferPut, StoragePut
 from kvstore_client.agent.retention import Retentions
 from kvstore_client.agent.rooms import WatchedPool
 from kvstore_client.agent.storagelink import StorageLink, StorageMeter
-from kvstore_client.agent.streams import FetchTerms, PoolFetch
+from kvstore_client.agent.streams import PoolFetch
+from kvstore_client.agent.terms import FetchTerms
 from kvstore_client.cluster import Cluster
 from kvstore_client.handles import Lease
 from kvstore_client.jobs import Route

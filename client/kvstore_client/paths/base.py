@@ -45,6 +45,8 @@ class Shipment:
     Attributes:
         size_bytes: What was asked for.
         arrived_bytes: What of that has come.
+        expected_s: How long it was expected to take; 0.0 if that was not known. Whoever sends
+            it says so.
         begun_at: Loop time of the request.
         moved_at: Loop time at which the last of it came, or of the request.
     """
@@ -61,6 +63,7 @@ class Shipment:
     ) -> None:
         self.indices = indices
         self.arrived_bytes = 0
+        self.expected_s = 0.0
         self.begun_at = self.moved_at = loop.time()
         self._loop = loop
         self._path = path

@@ -14,6 +14,7 @@ this client saw itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,6 +31,8 @@ _LOCAL_SCHEME = "unix:"
 RATE_BPS_DEFAULT = 1e9
 # The default deadline of a request: who has more waiting than this is simply full.
 BACKLOG_S_MAX = 5.0
+# A capacity is the highest rate that was seen: the link may do somewhat more.
+CAPACITY_DOUBT = 1.25
 # A relayed byte passes one more process and one more network.
 HOP_S = 0.001
 # What another relay must be quicker than the request's own decode node: bytes on the decode
@@ -132,6 +135,18 @@ def relay_belief(
     rate_Bps = max(1.0, meter.rate_Bps(now, prior_Bps) * meter.share)
     queued_bytes = _queued_bytes(now, meter, reported_bytes, rate_Bps)
     return Belief(start_s + queued_bytes / rate_Bps, rate_Bps, queued_bytes, meter)
+
+
+def storage_limit_Bps(report: LoadReport | None) -> float:
+    """What a relay can bring a second from storage, as it says itself; infinite if it does not.
+
+    A relay that says too little gets too little; one that says too much is believed what it
+    has shown.
+    """
+    for link in report.links if report is not None else ():
+        if link.name == STORAGE_LINK and link.capacity_Bps > 0:
+            return link.capacity_Bps * CAPACITY_DOUBT
+    return math.inf
 
 
 def usable(now: float, meter: PathMeter, reports: ReportTable) -> int:

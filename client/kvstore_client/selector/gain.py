@@ -26,6 +26,10 @@ DIRECT_TRIAL_S = 0.1
 # A trial whose outcome is not known by then is given up, if relays have finished: nothing
 # large was asked for.
 TRIAL_S_MAX = 2.0
+# A trial of direct costs its request as much again as it takes. However rarely requests come,
+# so many are split before the first, and with the interval their number grows.
+TRIAL_REQUESTS_MIN = 2
+TRIAL_REQUESTS_MAX = 16
 # For how long a trial keeps a relay busy: two fifths of an episode, so that a link as fast as
 # our own shows as a gain of 1.4, and a tenth of a second of the bytes of a useless one.
 PROBE_S = 0.1
@@ -89,6 +93,7 @@ class GainMeter:
         "_interval_s",
         "_relayed",
         "_relayed_bytes",
+        "_split_count",
         "_started_at",
         "_trial_at",
         "direct",
@@ -101,6 +106,7 @@ class GainMeter:
         self.direct = Evidence()
         self.split = Evidence()
         self._interval_s = TRIAL_INTERVAL_S_MIN
+        self._split_count = 0  # requests that were split since the last trial
         self._due_at: float | None = None
         self._trial_at: float | None = None
         # The episode.
@@ -160,13 +166,23 @@ class GainMeter:
             # Of splitting one request is trial enough; of direct it takes all.
             return 0.0
         if now < self._due_at:
+            self._split_count += self.splitting
             return math.inf if self.splitting else 0.0
         if self.splitting:
+            if self._split_count < self._requests_min:
+                self._split_count += 1
+                return math.inf
             overdue = now - self._due_at >= (_OVERDUE - 1) * self._interval_s
             if direct_s > TRIAL_REQUEST_S_MAX and not overdue:
                 return math.inf
         self._trial_at = now
+        self._split_count = 0
         return 0.0 if self.splitting else PROBE_S
+
+    @property
+    def _requests_min(self) -> float:
+        grown = TRIAL_REQUESTS_MIN * self._interval_s / TRIAL_INTERVAL_S_MIN
+        return min(TRIAL_REQUESTS_MAX, grown)
 
     def _begin(self, now: float) -> None:
         self._started_at = now

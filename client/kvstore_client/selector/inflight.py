@@ -37,6 +37,8 @@ class PathMeter:
         node_id: Of the relay; "" for the path direct.
         share: What the breaker lets pass, from 0 (down) to 1; the owner sets it.
         inflight_bytes: Asked for, and neither here nor given up.
+        limit_Bps: What bytes that it must read from storage can come at, by its own report:
+            what it had in memory came faster, and says nothing of the next request.
         observed_Bps: The rate while busy, when last seen; 0.0 is unknown.
         observed_at: When that was.
     """
@@ -50,6 +52,7 @@ class PathMeter:
         "_window_bytes",
         "_window_started_at",
         "inflight_bytes",
+        "limit_Bps",
         "node_id",
         "observed_Bps",
         "observed_at",
@@ -60,6 +63,7 @@ class PathMeter:
         self.node_id = node_id
         self.share = 1.0
         self.inflight_bytes = 0
+        self.limit_Bps = math.inf
         self.observed_Bps = 0.0
         self.observed_at = -math.inf
         self._gain = gain
@@ -90,18 +94,24 @@ class PathMeter:
         """Some of them will not come: misses, failures, and what another path took over."""
         self._ended(now, size_bytes, 0)
 
+    @property
+    def seen_Bps(self) -> float:
+        """The rate while busy, as far as the path's limit allows; 0.0 is unknown."""
+        return min(self.observed_Bps, self.limit_Bps)
+
     def rate_Bps(self, now: float, prior_Bps: float) -> float:
         """What the path is believed to carry.
 
         Args:
             prior_Bps: What to believe when nothing was seen, or nothing lately.
         """
-        if self.observed_Bps == 0.0:
+        seen_Bps = self.seen_Bps
+        if seen_Bps == 0.0:
             return prior_Bps
         if self.inflight_bytes:
-            return self.observed_Bps
+            return seen_Bps
         worth = math.exp(-max(0.0, now - self.observed_at) / MEMORY_S)
-        return prior_Bps + (self.observed_Bps - prior_Bps) * worth
+        return prior_Bps + (seen_Bps - prior_Bps) * worth
 
     def recent_bytes(self, now: float) -> int:
         """The most that was under way lately: what of a reported queue may be our own."""

@@ -1,0 +1,544 @@
+"""Blocks that one fetch has taken up: pinned, asked for as the window allows, watched until here.
+
+What of them is given out, and how, is for `kvstore_client.agent.streams` to say.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+
+from kvstore.blocksource import FetchStream
+from kvstore.layout import PieceMap
+from kvstore.messages import FetchOutcome, ServedBy, Tier
+from kvstore_client.agent.fills import Fill, FillKind, Fills
+from kvstore_client.agent.memory import HeldBlock, layer_mask
+from kvstore_client.agent.rooms import WatchedPool
+from kvstore_client.agent.terms import SOURCES, FetchTerms
+from kvstore_client.jobs import Route
+from kvstore_client.namespaces import Namespace
+from kvstore_client.placement import PlacedKeys, block_heads, extents_of
+
+# No fetch takes more of the pool, so that it always holds those of some.
+POOL_SHARE_MAX = 4
+# For blocks of another fetch to go. Longer than a usual frame takes; and who asked can still
+# go another way within the time that a request has.
+ROOM_WAIT_S = 0.1
+# Others have failed to bring a block, or it was dropped: how often it is asked for.
+TRIES_MAX = 3
+
+PENDING = 0xFF
+
+
+def nothing() -> None:
+    """Called where there is nothing to do."""
+
+
+class BlockIntake(FetchStream):
+    """What a fetch takes up of a pool that is filled meanwhile.
+
+    Args:
+        pool: Where blocks are and come to.
+        fills: Who brings what is missing.
+        chain: The keys, and where their blocks lie.
+        pieces: How the request cuts them.
+        terms: How it is to be answered.
+        counters: Where to count.
+    """
+
+    def __init__(
+        self,
+        pool: WatchedPool,
+        fills: Fills,
+        namespace: Namespace,
+        chain: PlacedKeys,
+        pieces: PieceMap,
+        terms: FetchTerms,
+        counters: Counter[str],
+    ) -> None:
+        self.on_ready = nothing
+        self._pool = pool
+        self._fills = fills
+        self._namespace = namespace
+        self._keys = keys = chain.wanted
+        self._heads = block_heads(chain)
+        self._pieces = pieces
+        self._terms = terms
+        self._source = source = SOURCES[terms.source]
+        self._counters = counters
+        count = len(keys)
+        offsets = pieces.geometry.offsets
+        self._until = offsets[pieces.layer_last]
+        self._block_bytes = pieces.geometry.block_bytes
+        self._window_bytes = max(
+            2 * self._block_bytes, min(source.window_bytes, pool.total_bytes // POOL_SHARE_MAX)
+        )
+        self._mask = layer_mask(pieces.layer_first, pieces.layer_last)
+        self._group_masks = [layer_mask(first, last) for first, last, _, _ in pieces.group_ranges]
+        self._outcomes = bytearray([PENDING]) * count
+        self._tiers = bytearray(count)
+        self._ways = bytearray(count)
+        self._left_count = count
+        self._queued_bytes = pieces.span_bytes * count
+        # The first key that was not taken up yet, and what was: the block of each index, and
+        # the indices of each block that is watched (a key may occur twice).
+        self._next = 0
+        self._blocks: list[HeldBlock | None] = [None] * count
+        self._indices: dict[HeldBlock, tuple[int, ...]] = {}
+        self._twins = False  # whether a key occurs twice
+        self._tell = self._moved  # one object for all watchers
+        self._charged = bytearray(count)  # counts for the window
+        self._used_bytes = 0
+        # Of each block the next byte to give out: a group, and where in it.
+        self._groups = [0] * count
+        self._offsets = [0] * count
+        # Indices of blocks of which something can be given out, and whether one is there.
+        self._ready: deque[int] = deque()
+        self._is_ready = bytearray(count)
+        self._failed: list[int] = []  # what the peer has yet to hear of
+        self._tries = bytearray(count)
+        self._again: list[int] = []
+        self._awaited: dict[bytes, tuple[int, ...]] = {}
+        # Fills whose last word tells which way a block came, by index.
+        self._told_by: dict[int, Fill] = {}
+        self._asked: set[Fill] = set()
+        self._room_timer: Callable[[], None] | None = None
+        self._wait_timer: Callable[[], None] | None = None
+        self._without_room = False
+        self._wait_over = fills.now() >= terms.wait_until
+        self._admitting = self._admit_again = False
+        self._stopped = False
+        self._admit()
+        if self._source.kind is None and self._left_count and not self._wait_over:
+            self._wait_timer = fills.call_at(terms.wait_until, self._waited)
+
+    def _here(self, block: HeldBlock, group: int, at: int) -> int:
+        """Up to which byte of a piece it can be given out now, from byte `at` on."""
+        mask = self._group_masks[group]
+        first, last, start, size = self._pieces.group_ranges[group]
+        if not at and block.known & mask != mask:
+            return 0  # its first byte brings all its checksums along
+        if block.ready & mask == mask:
+            return size
+        offsets = self._pieces.geometry.offsets
+        layer = bisect_right(offsets, start + at) - 1 if at else first
+        rest = block.ready >> layer
+        count = (~rest & (rest + 1)).bit_length() - 1  # of ones at its end
+        return offsets[min(layer + count, last)] - start
+
+    # --- taking up -------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Take up more blocks, as far as window and pool allow."""
+        if self._next == len(self._keys):
+            return
+        self._admit_again = True
+        if self._admitting:
+            return  # whoever is at it looks once more
+        self._admitting = True
+        try:
+            while self._admit_again:
+                self._admit_again = False
+                self._admit_run()
+        finally:
+            self._admitting = False
+
+    def _admit_run(self) -> None:
+        window_bytes, block_bytes, count = self._window_bytes, self._block_bytes, len(self._keys)
+        room_bytes = window_bytes - self._used_bytes
+        run_bytes = min(self._source.run_bytes, window_bytes // 2)
+        if self._used_bytes and room_bytes < min(run_bytes, (count - self._next) * block_bytes):
+            return  # soon there is room for a request of a good size
+        taken: list[int] = []
+        while self._next < count and self._used_bytes + block_bytes <= window_bytes:
+            index = self._next
+            if not self._find(index):
+                break
+            self._next += 1
+            if self._blocks[index] is not None:
+                taken.append(index)
+        self._fill(taken)
+
+    def _find(self, index: int) -> bool:
+        """Find or make the block of a key; whether to go on with the next."""
+        pool, namespace, key = self._pool, self._namespace, self._keys[index]
+        if self._source.kind is None or self._without_room:
+            block = pool.find(namespace.id, key)
+            if block is None and self._source.kind is None:
+                self._await(index)
+                return True
+        else:
+            block = pool.reserve(namespace, key)
+            if block is None:
+                self._wait_for_room()
+                return False
+            if self._room_timer is not None:
+                self._cancel_room_timer()
+        if block is None:
+            self._counters["relay_no_room"] += 1
+            self._fail(index, FetchOutcome.UNAVAILABLE)
+            return True
+        self._take_up(index, block)
+        return True
+
+    def _take_up(self, index: int, block: HeldBlock) -> None:
+        self._pool.pin(block)
+        self._blocks[index] = block
+        if block.ready & self._mask == self._mask:
+            self._pool.touch(block)
+            if not (self._tiers[index] or self._groups[index] or self._offsets[index]):
+                self._tiers[index], self._ways[index] = Tier.ARENA, ServedBy.HELD
+            self._charge(index, not block.leases)
+            self._make_ready(index)
+            return
+        # What others wait for at our node is kept by whoever brings it.
+        self._charge(index, self._source.kind is not None)
+        if block in self._indices:
+            self._twins = True
+            self._indices[block] = (*self._indices[block], index)
+        else:
+            self._indices[block] = (index,)
+        block.watchers[self] = self._tell
+        self._tiers[index] = Tier.RELAY
+
+    def _charge(self, index: int, charged: bool) -> None:
+        if charged:
+            self._charged[index] = 1
+            self._used_bytes += self._block_bytes
+
+    def _fill(self, taken: Sequence[int]) -> None:
+        """Ask for what is missing of blocks that were taken up, and keep them if need be."""
+        wanted: list[tuple[int, int]] = []
+        kept: list[HeldBlock] = []
+        source, mask = self._source, self._mask
+        for index in taken:
+            block = self._blocks[index]
+            if block is None:
+                continue
+            kept.append(block)
+            if block.ready & mask == mask:
+                continue
+            if block.coming & mask and not self._join(index, block):
+                continue
+            missing = mask & ~(block.ready | block.coming)
+            if missing and source.kind is not None:
+                self._tries[index] += 1
+                wanted.append((index, missing))
+            else:
+                self._look_at(index)
+        if kept and self._terms.retain is not None:
+            self._terms.retain(kept)
+        if wanted:
+            self._ask(wanted)
+
+    def _join(self, index: int, block: HeldBlock) -> bool:
+        """Wait for what others bring; False if that may not be, and the block has failed."""
+        found = self._fills.of(block)
+        if any(fill.kind > self._source.joined for fill in found):
+            if self._source.kind is not None:
+                self._fail(index, FetchOutcome.UNAVAILABLE)
+                return False
+            return True  # by the time that it is here
+        for fill in found:
+            fill.askers.add(self)
+            self._asked.add(fill)
+            self._note_way(index, fill)
+        if found:
+            self._counters["relay_joined"] += 1
+        return True
+
+    def _ask(self, wanted: Sequence[tuple[int, int]]) -> None:
+        """Begin fills of runs of blocks that miss the same layers."""
+        terms, source = self._terms, self._source
+        assert source.kind is not None
+        at = 0
+        while at < len(wanted):
+            missing = wanted[at][1]
+            by_peer = terms.peer_route is not None and self._tries[wanted[at][0]] == 1
+            kind = FillKind.PEER if by_peer else source.kind
+            route = terms.peer_route if by_peer and terms.peer_route is not None else terms.route
+            first = (missing & -missing).bit_length() - 1
+            last = first + (~(missing >> first) & ((missing >> first) + 1)).bit_length() - 1
+            rest = missing & ~layer_mask(first, last)
+            offsets = self._pieces.geometry.offsets
+            count_max = max(1, source.run_bytes // (offsets[last] - offsets[first]))
+            run: list[int] = []
+            while at < len(wanted) and len(run) < count_max and wanted[at][1] == missing:
+                if (by_peer and self._tries[wanted[at][0]] > 1) or self._twin(wanted[at][0], run):
+                    break
+                run.append(wanted[at][0])
+                at += 1
+            if not run:  # the same block once more: it is on its way by now
+                self._look_at(wanted[at][0])
+                at += 1
+                continue
+            self._begin_fill(run, kind, route, first, last)
+            if rest:
+                self._ask([(index, rest) for index in run])
+
+    def _twin(self, index: int, run: Sequence[int]) -> bool:
+        """Whether an earlier index of a run has the same block."""
+        block = self._blocks[index]
+        if block is None:
+            return True
+        if not self._twins:
+            return False
+        return len(self._indices.get(block, ())) > 1 and any(
+            self._blocks[other] is block for other in run
+        )
+
+    def _begin_fill(
+        self, run: Sequence[int], kind: FillKind, route: Route, first: int, last: int
+    ) -> None:
+        blocks = [block for index in run if (block := self._blocks[index]) is not None]
+        if self._twins and not all(block.missing(first, last) for block in blocks):
+            # A twin of one that was asked for a moment ago.
+            for index in run:
+                self._look_at(index)
+            return
+        keys = [self._keys[index] for index in run]
+        chain = PlacedKeys(keys, extents_of(self._heads, run))
+        fill = self._fills.begin(
+            self._namespace,
+            chain,
+            blocks,
+            range(first, last),
+            min(last - first, self._group_layers),
+            kind,
+            route,
+            self._deadline_at(kind),
+            self,
+        )
+        if self._stopped:
+            return
+        self._asked.add(fill)
+        if kind is not FillKind.ANY and not self._told_by:
+            way = kind.way
+            for index in run:
+                self._ways[index] = way
+            return
+        for index in run:
+            if self._blocks[index] is not None:
+                self._note_way(index, fill)
+
+    @property
+    def _group_layers(self) -> int:
+        first, last, _, _ = self._pieces.group_ranges[0]
+        return last - first if self._pieces.group_count > 1 else 0
+
+    def _deadline_at(self, kind: FillKind) -> float:
+        """A peer that does not answer leaves storage half of the time, beside what it may wait."""
+        terms = self._terms
+        if kind is not FillKind.PEER or self._source.kind is not FillKind.ANY:
+            return terms.deadline_at
+        begin = min(max(terms.wait_until, self._fills.now()), terms.deadline_at)
+        return (begin + terms.deadline_at) / 2
+
+    def _note_way(self, index: int, fill: Fill) -> None:
+        self._told_by.pop(index, None)
+        if fill.kind is FillKind.ANY:
+            self._told_by[index] = fill
+        else:
+            self._ways[index] = fill.kind.way
+
+    # --- what happens to blocks ------------------------------------------------------------
+
+    def _moved(self, block: HeldBlock) -> None:
+        """Layers of a watched block are here, or it was dropped."""
+        mask, is_ready = self._mask, self._is_ready
+        for index in self._indices.get(block, ()):
+            if is_ready[index]:
+                if mask & ~(block.ready | block.coming):
+                    self._lost(index, block)
+            elif block.ready & block.known & mask == mask:
+                self._make_ready(index)
+            else:
+                self._look(index, block)
+
+    def _make_ready(self, index: int) -> None:
+        self._is_ready[index] = 1
+        self._ready.append(index)
+        if len(self._ready) == 1:
+            self.on_ready()
+
+    def _look_at(self, index: int) -> None:
+        block = self._blocks[index]
+        if block is not None and not self._is_ready[index]:
+            self._look(index, block)
+
+    def _look(self, index: int, block: HeldBlock) -> None:
+        """Whether something of a block can be given out, or nobody brings it any more."""
+        at = self._offsets[index]
+        if self._here(block, self._groups[index], at) > at:
+            self._make_ready(index)
+        elif self._mask & ~(block.ready | block.coming):
+            self._lost(index, block)
+
+    def _unready(self, index: int, block: HeldBlock) -> None:
+        """Nothing more of a block can be given out at present."""
+        self._ready.popleft()
+        self._is_ready[index] = 0
+        self._look(index, block)
+
+    def _lost(self, index: int, block: HeldBlock) -> None:
+        """Nobody brings what is missing of a block."""
+        if self._source.kind is not None:
+            self._retry(index)
+        elif self._wait_over:
+            self._fail(index, FetchOutcome.MISS)
+        elif block.dropped:
+            if self._groups[index] or self._offsets[index]:
+                self._fail(index, FetchOutcome.MISS)
+            else:
+                self._let_go(index, block)
+                self._await(index)
+
+    def fill_failed(self, fill: Fill, block: HeldBlock, outcome: FetchOutcome) -> None:
+        """A fill that this fetch waits for does not bring a block."""
+        # Whoever began it had less time than we have, or is gone, or asked elsewhere.
+        late = outcome in (FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
+        again = fill.owner is not self and (late or self._terms.peer_route is not None)
+        if fill.kind is FillKind.PEER and self._source.kind is FillKind.ANY:
+            again = True  # the peer has it not: now from storage
+        for index in self._indices.get(block, ()):
+            if again:
+                self._retry(index)
+            elif self._source.kind is not None:
+                self._fail(index, outcome)
+
+    def fill_over(self) -> None:
+        """A fill has ended that this fetch waited for."""
+        if not self._left_count:
+            self.on_ready()
+
+    def _retry(self, index: int) -> None:
+        """Ask for a block again, together with others that have failed in this turn."""
+        if self._tries[index] >= TRIES_MAX:
+            self._fail(index, FetchOutcome.UNAVAILABLE)
+            return
+        if not self._again:
+            self._fills.call_soon(self._retry_all)
+        if index not in self._again:
+            self._again.append(index)
+
+    def _retry_all(self) -> None:
+        again, self._again = self._again, []
+        taken: list[int] = []
+        for index in again:
+            block = self._blocks[index]
+            if block is None or block.ready & self._mask == self._mask:
+                continue
+            if block.dropped:
+                if self._groups[index] or self._offsets[index]:
+                    self._fail(index, FetchOutcome.UNAVAILABLE)  # another version of it may come
+                    continue
+                self._let_go(index, block)
+                renewed = self._pool.reserve(self._namespace, self._keys[index])
+                if renewed is None:
+                    self._fail(index, FetchOutcome.UNAVAILABLE)
+                    continue
+                self._take_up(index, renewed)
+            self._tries[index] = max(1, self._tries[index])  # not by the path peer again
+            taken.append(index)
+        self._fill(taken)
+
+    def _fail(self, index: int, outcome: int) -> None:
+        """A block ends, and it is no hit."""
+        if self._outcomes[index] != PENDING:
+            return
+        self._outcomes[index] = outcome
+        self._left_count -= 1
+        if outcome == FetchOutcome.MISS:
+            self._failed.append(index)  # a reader takes this news for a miss
+        _, _, start, _ = self._pieces.group_ranges[self._groups[index]]
+        self._queued_bytes -= self._until - start - self._offsets[index]
+        self._told_by.pop(index, None)
+        block = self._blocks[index]
+        if block is not None:
+            self._let_go(index, block)
+        if not self._left_count:
+            self._end()
+        self.on_ready()
+        self._admit()
+
+    def _let_go(self, index: int, block: HeldBlock) -> None:
+        """A block is not wanted any more; chunks that are out have pins of their own."""
+        self._blocks[index] = None
+        self._unwatch(index, block)
+        if self._is_ready[index]:
+            self._is_ready[index] = 0
+            self._ready.remove(index)
+        if self._charged[index]:
+            self._charged[index] = 0
+            self._used_bytes -= self._block_bytes
+        self._pool.unpin(block)
+
+    def _unwatch(self, index: int, block: HeldBlock) -> None:
+        indices = self._indices.pop(block, ())
+        if len(indices) > 1:
+            self._indices[block] = tuple(other for other in indices if other != index)
+        elif indices:
+            block.watchers.pop(self, None)
+
+    def _end(self) -> None:
+        """Nothing is waited for any more."""
+        self._cancel_room_timer()
+        if self._wait_timer is not None:
+            self._wait_timer()
+            self._wait_timer = None
+        self._pool.forget(self)
+        for key in self._awaited:
+            self._pool.expect_no_more(self._namespace.id, key, self)
+        self._awaited.clear()
+        left = self._asked
+        if not self._stopped:
+            left = left - set(self._told_by.values())  # their last words are waited for
+        self._asked = self._asked - left
+        self._fills.leave(self, list(left))
+
+    # --- waiting for room, and for blocks to appear ----------------------------------------
+
+    def _wait_for_room(self) -> None:
+        """The pool has none. Blocks of our own that are sent make some; where there are none,
+        those of others have a little time."""
+        self._pool.wait_for_room(self, self._admit)
+        if not self._used_bytes and self._room_timer is None:
+            at = self._fills.now() + ROOM_WAIT_S
+            self._room_timer = self._fills.call_at(at, self._do_without_room)
+
+    def _do_without_room(self) -> None:
+        self._room_timer = None
+        self._without_room = True
+        self._admit()
+
+    def _cancel_room_timer(self) -> None:
+        if self._room_timer is not None:
+            self._room_timer()
+            self._room_timer = None
+
+    def _await(self, index: int) -> None:
+        """With source=peer: a block is not here yet."""
+        if self._wait_over:
+            self._fail(index, FetchOutcome.MISS)
+            return
+        key = self._keys[index]
+        if key not in self._awaited:
+            self._pool.expect(self._namespace.id, key, self, self._appeared)
+        self._awaited[key] = (*self._awaited.get(key, ()), index)
+
+    def _appeared(self, block: HeldBlock) -> None:
+        """A block that was waited for begins to come."""
+        for index in self._awaited.pop(block.key, ()):
+            self._take_up(index, block)
+
+    def _waited(self) -> None:
+        """With source=peer: what nobody has begun to bring by now is a miss."""
+        self._wait_timer = None
+        self._wait_over = True
+        for indices in list(self._awaited.values()):
+            for index in indices:
+                self._fail(index, FetchOutcome.MISS)
+        for index, block in enumerate(self._blocks):
+            if block is not None and not self._is_ready[index]:
+                self._look(index, block)
