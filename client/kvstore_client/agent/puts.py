@@ -343,6 +343,8 @@ class StoragePut(_PoolPut):
             [block.view for block in blocks],
             now,
             max(0.0, self._deadline_at - now),
+            # As the engine has made them: what is damaged here fails at the daemon.
+            checksums=[bytes(block.checksums) for block in blocks],
         )
         handle = job.handle = AsyncPutHandle(job.deadline_s, job.cancel)
         self._jobs.add(job)
