@@ -132,13 +132,16 @@ class Relays:
         self._refresh(now)
         meters = self.inflight.relays
         preferred = meters.get(route.decode_node)
-        found = [meter for meter in self.inflight.ring if self._usable(meter, now)]
+        found = [meter for meter in self.inflight.ring if self._rank(meter, now) == 2]
+        if not found and not all(link.usable for link in self._daemons):
+            # What lies on daemons that are down comes by a relay or not at all.
+            found = [meter for meter in self.inflight.ring if self._rank(meter, now)]
         if preferred is not None and preferred in found:
             return preferred
         return found[int(self._draws.random() * len(found))] if found else None
 
-    def _usable(self, meter: PathMeter, now: float) -> bool:
-        return usable(now, meter, self._reports) == 2
+    def _rank(self, meter: PathMeter, now: float) -> int:
+        return usable(now, meter, self._reports)
 
     def _draw(self) -> list[float]:
         return [self._draws.random() for _ in range(DRAWS)]

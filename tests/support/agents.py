@@ -17,14 +17,24 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
+from kvstore.messages import Role
 from kvstore_client import Namespace
 from kvstore_client.agent.agent import Agent
 from kvstore_client.agent.memory import HeldBlock
 from kvstore_client.agent.options import AgentOptions
-from tests.support.cluster import Node, until
+from tests.support.cluster import until
 
 MIB = 1024 * 1024
+
+
+class Served(Protocol):
+    """What an agent takes for a daemon."""
+
+    @property
+    def uri(self) -> str:
+        """Where it listens."""
 
 
 class AgentNode:
@@ -64,9 +74,18 @@ class AgentNode:
     async def left_alone(self) -> None:
         """Wait until nobody is connected, and what was cancelled is gone."""
         source = self.agent.source
-        await until(lambda: not self.agent.server.connections, f"clients of {self.name} are gone")
+        await until(lambda: not self._clients(), f"clients of {self.name} are gone")
         await until(lambda: not source.fills.under_way, f"fills of {self.name} have ended")
         await until(lambda: not source.task_count, f"tasks of {self.name} have ended")
+
+    def _clients(self) -> list[str]:
+        """Who is connected; other agents, who pull from this one, stay."""
+        peers = [connection.protocol.peer for connection in self.agent.server.connections]
+        return [
+            peer.node_id if peer is not None else "?"
+            for peer in peers
+            if peer is None or peer.role is not Role.AGENT
+        ]
 
     def end_leases(self) -> None:
         """As if their time were over."""
@@ -74,9 +93,9 @@ class AgentNode:
 
     def check_released(self) -> None:
         """Nobody holds anything here."""
-        server, source = self.agent.server, self.agent.source
-        assert not server.connections
-        assert not server.sessions
+        source = self.agent.source
+        assert not self._clients()
+        assert not self.agent.busy_count
         source.pool.check()
         source.retentions.check()
         assert source.pool.pinned_count == 0, f"{self.name}: pins stay"
@@ -98,25 +117,29 @@ class AgentNode:
 
 @asynccontextmanager
 async def run_agents(
-    nodes: Sequence[Node],
+    nodes: Sequence[Served],
     count: int = 1,
     local: Path | None = None,
     memory_bytes: int = 4 * MIB,
+    name: str = "agent",
+    listen: Sequence[str] = ("tcp://127.0.0.1:0",),
     **options: object,
 ) -> AsyncIterator[list[AgentNode]]:
     """Run agents in front of some daemons; check at the end that nobody holds anything.
 
     Args:
         local: Directory for their unix sockets; None for none.
+        name: What their names begin with.
+        listen: Where each of them listens.
         options: Of each agent, as in `AgentOptions`.
     """
     agents = [
         AgentNode(
             AgentOptions(
                 storage=tuple(node.uri for node in nodes),
-                node_id=f"agent-{number}",
-                listen=("tcp://127.0.0.1:0",),
-                local=f"unix://{local}/agent-{number}" if local is not None else "",
+                node_id=f"{name}-{number}",
+                listen=tuple(listen),
+                local=f"unix://{local}/{name}-{number}" if local is not None else "",
                 memory_bytes=memory_bytes,
                 **options,  # type: ignore[arg-type]
             )

@@ -23,7 +23,8 @@ from kvstore.wire import FrameType, Header
 from kvstore_client.agent.fills import Fills
 from kvstore_client.agent.memory import PAGE_BYTES, HeldBlock
 from kvstore_client.agent.rooms import WatchedPool
-from kvstore_client.agent.streams import FetchTerms, PoolFetch
+from kvstore_client.agent.streams import PoolFetch
+from kvstore_client.agent.terms import FetchTerms
 from kvstore_client.jobs import FetchJob, FillJob
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import PlacedKeys

@@ -29,6 +29,8 @@ from kvstore.wire import HEADER_BYTES, VERSION, Flags, FrameType, Header, decode
 from tests.support.frames import frame
 
 READ_BYTES = 64 * 1024
+#: What a slow proxy passes at once, in time.
+SLICE_S = 0.01
 #: Order in which a client opens the connections of a link.
 CONTROL, FETCH, PUT = range(3)
 
@@ -48,16 +50,17 @@ class Proxy:
         cut_at, hold_at: For (way, channel), after how many bytes of a connection it breaks,
             or its way is held. Each happens once.
         passed: For (way, channel), the bytes that have passed on its newest connection.
+        rate_Bps: For a way, what each of its connections passes in a second; else all it can.
     """
 
     def __init__(self, target: str) -> None:
-        parts = urlsplit(target)
-        self._target = (parts.hostname or "", parts.port or 0)
+        self.point_at(target)
         self.accepted = 0
         self.mangle: dict[str, Mangle] = {}
         self.cut_at: dict[tuple[str, int], int] = {}
         self.hold_at: dict[tuple[str, int], int] = {}
         self.passed: dict[tuple[str, int], int] = {}
+        self.rate_Bps: dict[str, float] = {}
         self.uri = ""
         self._flows = {"down": asyncio.Event(), "up": asyncio.Event()}
         for event in self._flows.values():
@@ -66,6 +69,11 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._refuse = False
         self._listener: asyncio.Server
+
+    def point_at(self, target: str) -> None:
+        """Where connections go from now on."""
+        parts = urlsplit(target)
+        self._target = (parts.hostname or "", parts.port or 0)
 
     async def start(self) -> None:
         """Begin to listen."""
@@ -89,10 +97,10 @@ class Proxy:
         for way in ways:
             self._flows[way].clear()
 
-    def let_go(self) -> None:
-        """Pass everything on again."""
-        for event in self._flows.values():
-            event.set()
+    def let_go(self, *ways: str) -> None:
+        """Pass everything on again, in these directions or in both."""
+        for way in ways or self._flows:
+            self._flows[way].set()
 
     def cut(self) -> None:
         """Break all connections with a reset."""
@@ -158,12 +166,17 @@ class Proxy:
                     await self._flows[way].wait()
                     hold, cut = self.hold_at.get(name), self.cut_at.get(name)
                     stops = [stop - passed for stop in (hold, cut) if stop is not None]
+                    rate_Bps = self.rate_Bps.get(way)
+                    if rate_Bps:
+                        stops.append(max(1, int(rate_Bps * SLICE_S)))
                     part = out[: max(0, min(stops, default=len(out)))]
                     del out[: len(part)]
                     writer.write(part)
                     await writer.drain()
                     passed += len(part)
                     self.passed[name] = passed
+                    if rate_Bps:
+                        await asyncio.sleep(len(part) / rate_Bps)
                     if cut is not None and passed >= cut:
                         del self.cut_at[name]
                         return

@@ -164,7 +164,12 @@ FROM_SERVER: dict[FrameType, msgspec.Struct] = {
     FrameType.LOOKUP: LookupReply(bitmap=b"\x05", lease=9),
     FrameType.DATA: Data(checksums=bytes(range(24)), failed=(2,)),
     FrameType.DONE: Done(
-        outcomes=b"\1\1\4", tiers=b"\0\0\0", served_by=b"\0\0\0", queued_us=1, service_us=2, report=REPORT
+        outcomes=b"\1\1\4",
+        tiers=b"\0\0\0",
+        served_by=b"\0\0\0",
+        queued_us=1,
+        service_us=2,
+        report=REPORT,
     ),
     FrameType.WANT: Want(indices=(0, 2)),
     FrameType.PUT_DONE: PutDone(outcomes=b"\0\1\6", report=REPORT),

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from kvstore.errors import KVStoreError
 from kvstore.messages import FetchOutcome, FetchSource, ServedBy, Tier
 from kvstore_client.agent import terms
 from kvstore_client.agent.fills import FillKind
@@ -103,14 +104,12 @@ async def test_a_layer_is_passed_on_when_it_is_whole() -> None:
 async def test_a_piece_waits_for_all_its_checksums() -> None:
     # Its first byte brings them along, and storage tells of them by groups of its own.
     bench = FillBench()
-    reader = bench.fetch(1, group=2)
     other = bench.fetch(1, group=1)
-    job = bench.jobs[0]
-    assert len(bench.jobs) == 1
-    job.deliver(layers=(0, 2))
-    assert (reader.read(), other.read()) == (1, 1)
-    assert (reader.arrived, other.arrived) == ([(0, 0)], [(0, 0), (0, 1)])
-    job.deliver(layers=(2, 3))
+    reader = bench.fetch(1, group=2)
+    (job,) = bench.jobs
+    job.deliver(layers=(0, 1))
+    assert (other.read(), reader.read()) == (1, 0)
+    job.deliver(layers=(1, 3))
     job.end()
     assert reader.end() == other.end() == [bench.expected(1)]
     bench.check_idle()
@@ -445,6 +444,20 @@ async def test_failures_make_room_in_the_window(monkeypatch: pytest.MonkeyPatch)
         job.fail(MISS)
         job.end()
     assert reader.end() == [MISS] * 6
+    bench.check_idle()
+
+
+async def test_storage_that_is_closed_ends_a_fetch_larger_than_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = terms.SOURCES[FetchSource.RELAY]
+    small = source._replace(window_bytes=2 * 4096, run_bytes=4096)
+    monkeypatch.setitem(terms.SOURCES, FetchSource.RELAY, small)
+    bench = FillBench(blocks=64)
+    closed = KVStoreError("closed")
+    monkeypatch.setattr(bench, "begin_fetch", lambda job: job.give_up(closed))  # at once
+    reader = bench.fetch(*range(6))
+    assert reader.end() == [UNAVAILABLE] * 6
     bench.check_idle()
 
 

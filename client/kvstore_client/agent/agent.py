@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from types import TracebackType
 
@@ -10,7 +11,10 @@ from kvstore.endpoint import Endpoint
 from kvstore.messages import Role
 from kvstore.serving import Server, ServerOptions
 from kvstore.transport import Marking
+from kvstore_client.agent.egress import EgressBudget
+from kvstore_client.agent.interface import InterfaceCounter, interface_of
 from kvstore_client.agent.options import AgentOptions, check_options
+from kvstore_client.agent.pacing import Pacer
 from kvstore_client.agent.rooms import WatchedPool
 from kvstore_client.agent.source import AgentSource
 from kvstore_client.cluster import Cluster, ClusterOptions
@@ -58,6 +62,7 @@ class Agent:
                 role=Role.AGENT,
             ),
         )
+        self._counter: InterfaceCounter | None = None
         self._region: Region | None = None
         if memory is None:
             self._region = Region(options.memory_bytes, "kvagent-pool")
@@ -90,15 +95,17 @@ class Agent:
         """Connect to storage, as far as it answers, and begin to serve.
 
         Raises:
+            ConfigError: No interface has the address of `listen`, or the name that was given.
             TransportError: An address is taken or not ours; nothing stays bound.
         """
         try:
             if self._region is not None:
                 self._region.touch()
             await self.cluster.start()
-            self.source.start()
+            self.source.start(self._pacer())
             await self.server.start()
         except BaseException:
+            self._close_counter()
             await self.cluster.close()
             raise
         if not self.cluster.reachable:
@@ -113,8 +120,35 @@ class Agent:
         await self.server.stop(drain_s)
         await self.source.stop()
         await self.cluster.close()
+        self._close_counter()
         if self._region is not None:
             self._region.close()
+
+    def _pacer(self) -> Pacer | None:
+        """What bounds what is sent to other nodes, as the options say."""
+        options, listen = self.options, self.server.endpoints
+        if not (options.link_rate_Bps or options.relay_rate_Bps) or not options.listen:
+            return None
+        loop = asyncio.get_running_loop()
+        budget = EgressBudget(options.link_rate_Bps, options.relay_rate_Bps)
+        if not options.link_rate_Bps:
+            return Pacer(loop, budget)
+        name = options.interface or interface_of(listen[0].host)
+        self._counter = InterfaceCounter(name)
+        return Pacer(loop, budget, self._counter.tx_bytes, self._unsent_bytes)
+
+    def _unsent_bytes(self) -> int:
+        """What the sockets to other nodes have taken and not sent."""
+        return sum(
+            connection.connection.stream.unsent_bytes()
+            for connection in self.server.connections
+            if connection.session is not None and not connection.session.local
+        )
+
+    def _close_counter(self) -> None:
+        if self._counter is not None:
+            self._counter.close()
+            self._counter = None
 
     async def __aenter__(self) -> Agent:
         await self.start()

@@ -51,6 +51,7 @@ from kvstore.wire import FrameType
 from kvstore_client.agent.fills import Fills
 from kvstore_client.agent.leases import PassedLeases
 from kvstore_client.agent.memory import HeldBlock
+from kvstore_client.agent.pacing import PacedFetch, Pacer
 from kvstore_client.agent.puts import OfferPut, StoragePut
 from kvstore_client.agent.retention import Retentions
 from kvstore_client.agent.rooms import WatchedPool
@@ -117,11 +118,17 @@ class AgentSource(BlockSource):
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop
         self._storage_link: StorageLink
+        self._pacer: Pacer | None = None
 
     # --- life ------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Begin to answer, on the running loop; the cluster has been started."""
+    def start(self, pacer: Pacer | None = None) -> None:
+        """Begin to answer, on the running loop; the cluster has been started.
+
+        Args:
+            pacer: Of what is sent to other nodes; None if nothing bounds it.
+        """
+        self._pacer = pacer
         self._loop = loop = asyncio.get_running_loop()
         inflight = self._cluster.relays.inflight
         inflight.direct = meter = StorageMeter(inflight.gain)
@@ -309,6 +316,8 @@ class AgentSource(BlockSource):
             self._relays.add(stream)
         self._counts[f"{_PREFIXES[request.source]}_requests"] += 1
         self._counts[f"{_PREFIXES[request.source]}_blocks"] += len(keys)
+        if self._pacer is not None and not asker.local:
+            return PacedFetch(stream, self._pacer)
         return stream
 
     def _terms(self, request: Fetch) -> FetchTerms:
