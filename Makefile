@@ -87,7 +87,7 @@ bench: install ## Measure the data path beside its limit (ARGS=--trials=5)
 	@$(RUN) -m kvstore_bench run bench/jobs/limits.ini bench/jobs/small.ini $(ARGS)
 
 # Real sessions instead of generated ones: make demo TRACE='traces/*.json.gz'
-demo: install ## Replay agent sessions against a daemon; picture in .demo/
+demo: install ## Replay agent sessions, then fetch by both paths; pictures in .demo/
 	@sessions=$$(mktemp -d)
 	trap 'rm -rf "$$sessions"' EXIT
 	trace=$${TRACE:-}
@@ -98,6 +98,8 @@ demo: install ## Replay agent sessions against a daemon; picture in .demo/
 	fi
 	mkdir -p .demo
 	$(RUN) -m kvstore_bench replay "$$trace" --plot .demo/replay.png
+	echo
+	$(RUN) -m kvstore_bench.shaped.demo --plot .demo/two-paths.png
 
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -17,18 +17,7 @@ import msgpack
 import msgspec
 from msgspec import Meta
 
-from kvstore.errors import (
-    Busy,
-    Draining,
-    LayoutMismatch,
-    LimitExceeded,
-    PermissionDenied,
-    RefusedError,
-    RemoteProtocolError,
-    UnknownNamespace,
-    Unsupported,
-    VersionMismatch,
-)
+from kvstore.errors import RemoteProtocolError
 from kvstore.layout import KEY_BYTES_MAX, KEY_BYTES_MIN, NAMESPACE_ID_BYTES, Layout
 from kvstore.loadreport import LoadReport
 from kvstore.wire import METADATA_BYTES_MAX, FrameType
@@ -571,39 +560,9 @@ class Error(Message, frozen=True, kw_only=True):
     field: str = ""
 
 
-_ERROR_CLASSES: dict[ErrorCode, type[RefusedError]] = {
-    ErrorCode.VERSION: VersionMismatch,
-    ErrorCode.NAMESPACE: UnknownNamespace,
-    ErrorCode.LIMIT: LimitExceeded,
-    ErrorCode.UNSUPPORTED: Unsupported,
-    ErrorCode.PERMISSION: PermissionDenied,
-    ErrorCode.DRAINING: Draining,
-    ErrorCode.BUSY: Busy,
-}
-_ERROR_CODES = {cls: code for code, cls in _ERROR_CLASSES.items()}
-
-
-def error_to_exception(error: Error) -> RefusedError:
-    """The exception that stands for an ERROR frame on the side that receives it."""
-    if error.code is ErrorCode.LAYOUT:
-        return LayoutMismatch(error.message, error.field)
-    return _ERROR_CLASSES.get(error.code, RefusedError)(error.message)
-
-
-def _cut(text: str) -> str:
+def cut_text(text: str) -> str:
+    """A text that a peer may have chosen, as long as errors quote it."""
     return text if len(text) <= ERROR_TEXT_MAX else text[:ERROR_TEXT_MAX] + "…"
-
-
-def exception_to_error(exception: Exception) -> Error:
-    """The ERROR frame that stands for an exception on the side that refuses."""
-    message = _cut(str(exception))
-    if isinstance(exception, LayoutMismatch):
-        return Error(code=ErrorCode.LAYOUT, message=message, field=exception.field)
-    for cls, code in _ERROR_CODES.items():
-        if isinstance(exception, cls):
-            return Error(code=code, message=message)
-    code = ErrorCode.REFUSED if isinstance(exception, RefusedError) else ErrorCode.PROTOCOL
-    return Error(code=code, message=message)
 
 
 #: What the metadata of each request holds. Types that are missing are answered with
@@ -711,4 +670,4 @@ def validate(values: Any, type: type[MessageT]) -> MessageT:
         # MessagePack has bytes of its own: text in their place is no base64, but a mistake.
         return msgspec.convert(values, type, builtin_types=(bytes,))
     except (msgspec.ValidationError, OverflowError) as error:
-        raise RemoteProtocolError(f"{type.__name__}: {_cut(str(error))}") from error
+        raise RemoteProtocolError(f"{type.__name__}: {cut_text(str(error))}") from error

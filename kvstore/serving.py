@@ -23,6 +23,7 @@ import msgspec
 from kvstore.blocksource import Answer, Asker, BlockSource, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import Endpoint
+from kvstore.errorcodes import exception_to_error
 from kvstore.errors import (
     ConfigError,
     Draining,
@@ -70,7 +71,6 @@ from kvstore.messages import (
     Status,
     Subscribe,
     Welcome,
-    exception_to_error,
 )
 from kvstore.protocol import ServerHooks, ServerProtocol
 from kvstore.reporter import LoadReporter

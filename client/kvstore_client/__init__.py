@@ -29,6 +29,8 @@ from kvstore.messages import (
     Status,
     Tier,
 )
+from kvstore_client.agent.agent import Agent
+from kvstore_client.agent.options import AgentOptions
 from kvstore_client.aio import AsyncClient
 from kvstore_client.client import Client
 from kvstore_client.handles import (
@@ -47,6 +49,8 @@ from kvstore_client.namespaces import Namespace
 
 __all__ = [
     "AckLevel",
+    "Agent",
+    "AgentOptions",
     "AsyncClient",
     "AsyncFetchHandle",
     "AsyncPutHandle",

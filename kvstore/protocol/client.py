@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from kvstore.errorcodes import error_to_exception
 from kvstore.errors import (
     LocalProtocolError,
     RemoteProtocolError,
@@ -40,7 +41,6 @@ from kvstore.messages import (
     Want,
     Welcome,
     decode,
-    error_to_exception,
 )
 from kvstore.protocol.base import FrameProtocol, Reply
 from kvstore.transfer import FetchTransfer, PutTransfer

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from kvstore.blocksource import FetchStream, PutStream
+from kvstore.errorcodes import exception_to_error
 from kvstore.errors import (
     KVStoreError,
     LimitExceeded,
@@ -31,7 +32,6 @@ from kvstore.messages import (
     Want,
     Welcome,
     decode,
-    exception_to_error,
 )
 from kvstore.protocol.base import FrameProtocol
 from kvstore.wire import (

@@ -12,8 +12,8 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from tests.support.cluster import chain, connected, open_pool, room, until
 from tests.support.bothways import relay_next
+from tests.support.cluster import chain, connected, open_pool, room, until
 
 
 async def ask(storage: str, relay: str, count: int, request: str) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from kvstore import messages
+from kvstore.errorcodes import error_to_exception, exception_to_error
 from kvstore.errors import (
     Busy,
     Draining,
@@ -36,8 +37,6 @@ from kvstore.messages import (
     Pool,
     decode,
     encode,
-    error_to_exception,
-    exception_to_error,
     unpack,
 )
 from kvstore.wire import METADATA_BYTES_MAX, FrameType

@@ -37,6 +37,8 @@ class BedPlan:
         storage_nic_Bps, compute_nic_Bps: Links of GPU nodes; both 0: all nodes are one, so
             that everything goes over its loopback interface.
         queue_s: Of each link.
+        prefix_count: Requests that are stored; 0 for as many as any policy needs to find nothing
+            in the agent's memory.
     """
 
     request_bytes: int
@@ -45,6 +47,7 @@ class BedPlan:
     storage_nic_Bps: float
     compute_nic_Bps: float
     queue_s: float
+    prefix_count: int = 0
 
     @property
     def agent_bytes(self) -> int:
@@ -54,7 +57,8 @@ class BedPlan:
     @property
     def prefixes(self) -> int:
         """Requests that are stored, and fetched in turn."""
-        return (self.depth + _AGENT_REQUESTS_MORE) * _PREFIXES_PER_AGENT_REQUEST
+        count = (self.depth + _AGENT_REQUESTS_MORE) * _PREFIXES_PER_AGENT_REQUEST
+        return self.prefix_count or count
 
     @property
     def daemon_bytes(self) -> int:
@@ -124,14 +128,15 @@ class Bed:
             seconds=seconds,
             check=check,
         )
-        before = self._carried()
+        before = self.carried()
         done = await self.worker.do(step, warm_s + seconds)
         if not done.elapsed_s:
             raise NodeFailed(f"no fetch has ended within {seconds:g} s: measure for longer")
-        carried = (after - at for after, at in zip(self._carried(), before, strict=True))
+        carried = (after - at for after, at in zip(self.carried(), before, strict=True))
         return Sample(done, *carried)
 
-    def _carried(self) -> tuple[int, int, int]:
+    def carried(self) -> tuple[int, int, int]:
+        """What links have carried so far, in the order of the fields of `Sample`."""
         prefill, decode = self.prefill.links, self.decode.links
         return (
             prefill[STORAGE].counters().received_bytes,

@@ -71,8 +71,10 @@ async def start_client(
     await client.start()
     try:
         if policy == RELAY:
-            # There is no such policy to choose, so that its place is taken from outside.
+            # There is no such policy to choose, so that its place is taken from outside. Were
+            # it not there any more, another policy would be measured under this name.
             paths: Any = vars(client.cluster)["relays"]
+            assert isinstance(paths._selector, Selector), "the selector is elsewhere now"
             paths._selector = _AllRelayed(Policy.ROUND_ROBIN)
         for endpoint, status in (await client.status()).items():
             if isinstance(status, Exception):

@@ -99,6 +99,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         elapsed_s: Of each fetch that counts: all whose time lies in part within that of the
             step.
+        ended_at: When each of them ended, by the clock of the host.
         bytes, seconds: What has arrived within the time of the step, and that time.
         path_bytes: Of all fetches that count, by path, from their beginning to their end.
         failed_blocks: Blocks that are no hits or have wrong bytes.
@@ -109,6 +110,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     elapsed_s: list[float] = []
+    ended_at: list[float] = []
     bytes: int = 0
     seconds: float = 0.0
     path_bytes: dict[str, int] = {}
@@ -277,6 +279,7 @@ class Worker:
             path_bytes.update(one.path_bytes)
         return Done(
             elapsed_s=[one.elapsed_s for one in counted],
+            ended_at=[one.ended_at for one in counted],
             bytes=round(sum(one.size_bytes * one.share(counts_from, stop_at) for one in counted)),
             seconds=stop_at - counts_from,
             path_bytes=dict(path_bytes),
