@@ -276,7 +276,7 @@ class Spread:
     async def _run(self, lane: Lane, shipment: Shipment) -> None:
         link, job, meter = lane.link, self._job, lane.meter
         meter.sent(self._loop.time(), shipment.size_bytes)
-        rate_Bps = self._rate_Bps(lane)
+        rate_Bps = self._rate_Bps(lane) or self._likely_Bps()
         if rate_Bps:
             # Behind all that is under way on the same link, whoever asked for it.
             shipment.expected_s = meter.inflight_bytes / rate_Bps
@@ -343,6 +343,10 @@ class Spread:
             if not one.relay and (one.waiting or one.under_way or one is lane)
         )
         return rate_Bps / busy
+
+    def _likely_Bps(self) -> float:
+        """Of a lane of which nothing is known: what the others have shown."""
+        return max((lane.meter.seen_Bps for lane in self._lanes.values()), default=0.0)
 
     def _left_s(self, lane: Lane) -> float:
         """How long until a lane has brought all that it has."""

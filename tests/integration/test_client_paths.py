@@ -16,6 +16,7 @@ import pytest
 from kvstore.blocksource import RelayLoad
 from kvstore.messages import FetchOutcome, Role, ServedBy
 from kvstore_client import AsyncClient, FetchResult, Namespace, spread
+from kvstore_client.breaker import FAILURES_MAX
 from kvstore_client.jobs import ANY_ROUTE
 from kvstore_client.selector import Plan, PlannedRun
 from tests.support.cluster import (
@@ -176,6 +177,7 @@ async def test_a_relay_that_trickles_is_left_for_the_idle_path(
     keys = chain(128)
     async with two_paths(keys, policy="balanced") as (client, namespace, _, relay):
         # Both are known, and the relay as fast.
+        client.estimate_s(namespace, keys)
         for meter in (client.cluster.relays.inflight.direct, *client.cluster.relays.inflight.ring):
             meter.observed_Bps = 1e9
         relay.gate.chunk_bytes, relay.gate.chunks_left = BLOCK_BYTES, 1
@@ -207,6 +209,26 @@ async def test_bytes_of_another_block_by_a_relay_are_fetched_direct() -> None:
         assert client.counters()["corrupt_blocks"] == 1
         # It was told, and has dropped its copy.
         await until(lambda: relay.holds(namespace, keys[3]) == [False])
+
+
+@pytest.mark.asyncio
+async def test_a_relay_that_goes_on_sending_wrong_bytes_is_left_alone() -> None:
+    keys = chain(8)
+    async with two_paths(keys) as (client, namespace, _, relay):
+        relay.damage(namespace, keys[3])
+        # It does not mend itself.
+        relay.source.check = lambda _, keys: bytes(len(keys))  # type: ignore[method-assign]
+        for _ in range(FAILURES_MAX):
+            assert "breaker_openings" not in client.counters()
+            await turn(client)
+            result = await fetched(client, namespace, keys)
+            assert result.ok
+            assert result.served_by.count(DIRECT) == 1
+        assert client.counters()["breaker_openings"] == 1
+        client.cluster.relays._refreshed_at = -1.0
+        client.cluster.relays._selector._turn = 1
+        result = await fetched(client, namespace, keys)
+        assert result.served_by == [DIRECT] * 8
 
 
 @pytest.mark.asyncio

@@ -163,7 +163,9 @@ class Shipment:
         if transfer.corrupt:
             keys = [transfer.keys[index] for index in transfer.corrupt]
             self._link.report_corrupt(job.namespace, keys)
-        exchange.end(reply, transfer.received_bytes)
+        # A daemon may have a few bad blocks; a relay that passes on bad ones is sick.
+        sound = not (transfer.corrupt and self._path.way is ServedBy.RELAY)
+        exchange.end(reply, transfer.received_bytes, sound)
         if reply is not None:  # else the job has ended, or the blocks go another way
             transfer.fail_rest(FetchOutcome.UNAVAILABLE)
 

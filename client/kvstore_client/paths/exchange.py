@@ -43,18 +43,22 @@ class Exchange:
         left_ms = int((self._job.deadline_at - self._begun_at) * 1e3)
         return max(1, min(left_ms, self._link.limits.deadline_ms))
 
-    def end(self, reply: Reply | None, bytes: int) -> None:
+    def end(self, reply: Reply | None, bytes: int, sound: bool = True) -> None:
         """The request has ended.
 
         Args:
             reply: The peer's last word, or what came in its place; None if it was not waited
                 for: the job has ended, or the blocks go another way.
             bytes: Payload that has moved.
+            sound: Whether what has moved is worth anything; if not, the peer counts as failing.
         """
         link, job = self._link, self._job
         queued_us = service_us = 0
+        if not sound:
+            link.failed()
         if isinstance(reply, Done | PutDone):
-            link.succeeded()
+            if sound:
+                link.succeeded()
             if reply.report is not None:
                 link.take_report(reply.report)
             if isinstance(reply, Done):
