@@ -14,13 +14,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from kvstore.blocksource import RelayLoad
 from kvstore.errors import Busy, PermissionDenied
 from kvstore.messages import (
-    Empty,
     Error,
     ErrorCode,
     Fetch,
@@ -33,6 +33,19 @@ from kvstore_client import AsyncClient, spread
 from kvstore_client.agent.memory import HeldBlock
 from kvstore_client.jobs import ANY_ROUTE
 from tests.support.agents import AgentNode, run_agents
+from tests.support.bothways import (
+    Scene,
+    both_ways,
+    counters_of,
+    held,
+    hold,
+    idle,
+    relay_next,
+    settled,
+    split,
+    stain,
+    stained,
+)
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -52,17 +65,6 @@ from tests.support.peers import FETCH, proxied
 from tests.support.processes import agent as agent_process
 from tests.support.processes import daemon as daemon_process
 from tests.support.rawpeer import RawPeer
-from tests.support.bothways import (
-    Scene,
-    held,
-    hold,
-    idle,
-    relay_next,
-    both_ways,
-    split,
-    stain,
-    stained,
-)
 from tests.support.tree import PACKAGES, ROOT
 
 pytestmark = pytest.mark.asyncio
@@ -133,6 +135,7 @@ async def test_what_a_killed_engine_wanted_retained_still_comes_and_ends(tmp_pat
         await until(lambda: not scene.agent.counter("retained_blocks"))
 
 
+@pytest.mark.slow
 async def test_connections_that_break_leave_nothing_at_the_relay() -> None:
     async with both_ways(KEYS) as scene:
         hold(scene.node, 5)
@@ -157,6 +160,7 @@ async def test_connections_that_break_leave_nothing_at_the_relay() -> None:
 # --- requests that are tried again, or given up --------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_up", ["before", "after", "never"])
 async def test_a_newer_attempt_ends_what_the_older_one_retained(
     given_up: str, tmp_path: Path
@@ -197,6 +201,7 @@ async def test_a_newer_attempt_ends_what_the_older_one_retained(
             assert claimed.bytes == len(KEYS) * BLOCK_BYTES
             own = await fetch_blocks(engine, await open_pool(engine), KEYS)
             assert own.served_by == [HELD] * len(KEYS)
+        await until(lambda: not scene.agent.counter("leased_bytes"), "all is given back")
         # One read at storage for all three.
         assert scene.agent.counter("storage_fetch_bytes_direct") == len(KEYS) * BLOCK_BYTES
 
@@ -216,6 +221,7 @@ async def test_a_straggler_of_an_older_attempt_retains_nothing(tmp_path: Path) -
             assert (await engine.claim("request", 2)).block_count == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["block", "layer"])
 @pytest.mark.parametrize("passed_bytes", [30, 5000, 40_000])
 async def test_nothing_lands_in_the_memory_of_a_request_that_was_preempted(
@@ -254,6 +260,7 @@ async def test_nothing_lands_in_the_memory_of_a_request_that_was_preempted(
 # --- a relay without room ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False])
 async def test_a_relay_whose_pool_is_in_use_is_spared_or_refuses(told: bool) -> None:
     # The agent hears nothing from storage, so that four requests keep all of its pool.
@@ -348,9 +355,9 @@ async def test_what_is_retained_leaves_half_of_the_pool_to_work_with(tmp_path: P
 
 @pytest.mark.slow
 async def test_readers_that_stall_do_not_stop_others() -> None:
-    keys = chain(32)
+    keys = chain(18)
     with (
-        daemon_process("--memory", "40MiB") as kvstored,
+        daemon_process("--memory", "20MiB") as kvstored,
         agent_process("--storage", kvstored.uri, "--memory", "4MiB") as kvagent,
     ):
         async with connected(
@@ -358,23 +365,22 @@ async def test_readers_that_stall_do_not_stop_others() -> None:
         ) as client:
             namespace = await open_pool(client, MIB)
             await store_blocks(client, namespace, keys)
-            parts = [keys[:10], keys[10:20], keys[20:30]]
+            parts = [keys[:8], keys[8:16]]
             stalled = await asyncio.to_thread(stalled_readers, kvagent.uri, parts)
             # As long as the kernel takes what the readers do not, there is room.
             while not await spared(client):
-                result = await fetch_blocks(client, namespace, keys[30:], chain=False)
+                result = await fetch_blocks(client, namespace, keys[16:], chain=False)
                 assert result.ok, result.errors
-            result = await fetch_blocks(client, namespace, keys[30:], chain=False)
+            result = await fetch_blocks(client, namespace, keys[16:], chain=False)
             assert result.served_by == [DIRECT] * 2
-            counters = await asyncio.to_thread(status, kvagent.uri)
+            counters = await counters_of(kvagent.uri)
             assert counters["pinned_blocks"] >= 2
             for peer in stalled:
                 peer.sock.close()
+            await settled(kvagent.uri, requests_abandoned=len(stalled), pinned_blocks=0)
+            await settled(kvagent.uri, fills_under_way=0)
             await relay_next(client)
-            counters = await asyncio.to_thread(status, kvagent.uri)
-            assert counters["requests_abandoned"] == len(stalled)
-            assert counters["pinned_blocks"] == counters["fills_under_way"] == 0
-            result = await fetch_blocks(client, namespace, keys[30:], chain=False)
+            result = await fetch_blocks(client, namespace, keys[16:], chain=False)
             assert result.served_by == [RELAY] * 2
 
 
@@ -399,12 +405,6 @@ def stalled_readers(uri: str, parts: list[list[bytes]]) -> list[RawPeer]:
     return peers
 
 
-def status(uri: str) -> dict[str, int]:
-    """Counters of a process; runs on a thread."""
-    with RawPeer(uri) as peer:
-        return dict(peer.call(FrameType.STATUS, Empty()).counters)
-
-
 def request(
     namespace: bytes, keys: list[bytes], layers: int = len(LAYERS), **fields: object
 ) -> Fetch:
@@ -423,6 +423,7 @@ def request(
 # --- one hop only --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory_bytes", [MIB, 8 * MIB])
 @pytest.mark.parametrize("same", [True, False])
 async def test_two_agents_that_relay_for_each_other_wait_for_nobody(
@@ -483,16 +484,22 @@ async def test_what_was_passed_on_is_passed_on_no_further(
         assert scene.agent.counter("fills") == 0
 
 
+class At(NamedTuple):
+    """An address."""
+
+    uri: str
+
+
 async def test_agents_that_are_each_others_storage_ask_each_other_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # By its unix socket an agent would take the other one for an engine of its node.
+    first, second = At(f"unix://{tmp_path}/first-0"), At(f"unix://{tmp_path}/second-0")
     async with (
         serve(1) as nodes,
-        proxied(NOBODY) as second,
         run_agents([second], local=tmp_path, name="first") as (one,),
-        run_agents([one], local=tmp_path, name="second") as (two,),
+        run_agents([first], local=tmp_path, name="second") as (two,),
     ):
-        second.point_at(two.uri)
         lines = [f"{agent.name} is the agent of a node" for agent in (one, two)]
         await until(lambda: all(line in caplog.text for line in lines), "both are told")
         # An engine of the node is told by what it gets, and a client by which way it comes.
@@ -523,6 +530,7 @@ async def test_an_agent_says_in_its_log_that_its_storage_is_an_agent() -> None:
         assert other.uri in line
 
 
+@pytest.mark.slow
 async def test_a_node_that_may_not_read_a_pool_here_gets_its_blocks_direct(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -549,6 +557,7 @@ async def test_a_node_that_may_not_read_a_pool_here_gets_its_blocks_direct(
 # --- claims --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_an_engine_claims_while_the_relay_still_streams(tmp_path: Path) -> None:
     async with both_ways(KEYS, tmp_path) as scene, connected(scene.agent.local) as engine:
         own = await open_pool(engine)
@@ -562,6 +571,7 @@ async def test_an_engine_claims_while_the_relay_still_streams(tmp_path: Path) ->
             retain_for=("request", 0),
         )
         await held(scene.node)
+        await until(lambda: scene.agent.counter("relay_bytes_out"), "the first of them is here")
         claimed = await engine.claim("request", lease_s=60)
         assert claimed.block_count == len(KEYS)
         assert 0 < claimed.bytes <= 5 * BLOCK_BYTES
@@ -596,6 +606,7 @@ async def retained(scene: Scene, retain_s: float = 60) -> None:
     assert result.served_by == [RELAY] * len(KEYS)
 
 
+@pytest.mark.slow
 async def test_only_one_engine_gets_a_claim_and_as_often_as_it_asks(tmp_path: Path) -> None:
     async with (
         both_ways(KEYS, tmp_path) as scene,
@@ -624,6 +635,7 @@ async def test_other_nodes_claim_nothing(tmp_path: Path) -> None:
         assert scene.agent.counter("claims") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claimed", [False, True])
 async def test_what_nobody_takes_or_gives_back_is_free_when_its_time_is_over(
     claimed: bool, tmp_path: Path

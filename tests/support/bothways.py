@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from kvstore.messages import Empty
+from kvstore.wire import FrameType
 from kvstore_client import AsyncClient, Namespace
 from kvstore_client.agent.agent import Agent
 from kvstore_client.jobs import ANY_ROUTE
@@ -34,9 +36,12 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.peers import Proxy, proxied
+from tests.support.rawpeer import RawPeer
 
 #: What memory that was given back is filled with.
 PATTERN = 0xA5
+# A test that asks so often for what should come after a few times has failed.
+ASKS_MAX = 2000
 
 
 class Scene(NamedTuple):
@@ -83,29 +88,25 @@ async def both_ways(
         proxied(node.uri) as direct,
         run_agents([storage], 1, local, memory_bytes, **options) as (agent,),
         proxied(agent.uri) as compute,
-    ):
-        async with connected(
+        connected(
             [direct.uri], relays=[compute.uri], policy="round_robin", deadline_s=60.0
-        ) as client:
-            namespace = await open_pool(client, *layers)
-            await store_blocks(client, namespace, keys)
-            await relay_next(client)
-            yield Scene(client, namespace, node, agent, storage, compute, direct)
-            agent.end_leases()
+        ) as client,
+    ):
+        namespace = await open_pool(client, *layers)
+        await store_blocks(client, namespace, keys)
+        await relay_next(client)
+        yield Scene(client, namespace, node, agent, storage, compute, direct)
+        agent.end_leases()
 
 
 async def relay_next(chooser: AsyncClient | Agent, by_relay: bool = True) -> None:
     """Make the relay the next in turn, as soon as one is known to be willing."""
     cluster, loop = chooser.cluster, asyncio.get_running_loop()
-    await until(
-        lambda: cluster.relays.spare(ANY_ROUTE, loop.time()) is not None, "a willing relay"
-    )
+    await until(lambda: cluster.relays.spare(ANY_ROUTE, loop.time()) is not None, "a willing relay")
     cluster.relays._selector._turn = 1 if by_relay else 0
 
 
-def split(
-    monkeypatch: pytest.MonkeyPatch, chooser: AsyncClient | Agent, direct_count: int
-) -> None:
+def split(monkeypatch: pytest.MonkeyPatch, chooser: AsyncClient | Agent, direct_count: int) -> None:
     """Send the first blocks of each request direct, and the others by the relay."""
     relays = chooser.cluster.relays
     plan = relays.plan
@@ -141,6 +142,25 @@ def hold(node: Node, chunks: int) -> None:
 async def held(node: Node) -> None:
     """Return when a daemon has given out all that it may."""
     await until(lambda: node.gate.chunks_left == 0, "the gate is shut")
+
+
+async def counters_of(uri: str) -> dict[str, int]:
+    """Counters of a node, which may be a process of its own."""
+
+    def ask() -> dict[str, int]:
+        with RawPeer(uri) as peer:
+            return dict(peer.call(FrameType.STATUS, Empty()).counters)
+
+    return await asyncio.to_thread(ask)
+
+
+async def settled(uri: str, **wanted: int) -> dict[str, int]:
+    """The counters of a node as soon as some of them have these values."""
+    for _ in range(ASKS_MAX):
+        counters = await counters_of(uri)
+        if all(counters.get(name, 0) == value for name, value in wanted.items()):
+            return counters
+    raise AssertionError(f"waited in vain for {wanted}: {counters}")
 
 
 async def idle(agent: AgentNode) -> None:
