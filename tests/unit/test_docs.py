@@ -57,3 +57,11 @@ def test_every_outcome_is_in_a_table(outcome: FetchOutcome | PutOutcome) -> None
 @pytest.mark.parametrize("code", ErrorCode)
 def test_every_error_code_is_in_the_table(code: ErrorCode) -> None:
     assert f"| `{code.value}` |" in PROTOCOL
+
+
+def test_behind_every_fault_in_the_table_is_a_test() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    named = re.findall(r"\| `(test_\w+)` \|", text)
+    assert len(named) > 30
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / "fault").glob("*.py"))
+    assert [name for name in named if f"def {name}(" not in tests] == []
