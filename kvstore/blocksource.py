@@ -132,6 +132,10 @@ class FetchStream(abc.ABC):
         finished."""
         return b""
 
+    def errors(self) -> Sequence[Exception]:
+        """What went wrong at other nodes. Call when finished."""
+        return ()
+
 
 class PutStream(abc.ABC):
     """One put being taken. Created by `BlockSource.put`; the server feeds it.
@@ -181,6 +185,10 @@ class PutStream(abc.ABC):
     @abc.abstractmethod
     def outcomes(self) -> bytes:
         """One `PutOutcome` a key. Call when finished."""
+
+    def errors(self) -> Sequence[Exception]:
+        """What went wrong at other nodes. Call when finished."""
+        return ()
 
 
 class BlockSource(abc.ABC):

@@ -11,6 +11,8 @@ Times travel as relative milliseconds: clocks of two hosts are never compared.
 from __future__ import annotations
 
 import enum
+import itertools
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
 import msgpack
@@ -39,6 +41,9 @@ REQUEST_NAME_MAX = 256
 NODE_ID_MAX = 256
 # A host name has at most 253 characters (RFC 1035), the path of a unix socket 107.
 ENDPOINT_MAX = 512
+# What went wrong behind a server, told with the end of a request.
+REASONS_MAX = 8
+REASON_MAX = 300
 # Errors quote what a peer sent; the quotation of a megabyte helps nobody.
 ERROR_TEXT_MAX = 1000
 
@@ -51,6 +56,9 @@ Keys = Annotated[list[Key], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
 Extents = Annotated[
     tuple[tuple[Annotated[int, Meta(ge=1, le=KEYS_PER_REQUEST_MAX)], Key], ...],
     Meta(max_length=KEYS_PER_REQUEST_MAX),
+]
+Reasons = Annotated[
+    tuple[Annotated[str, Meta(max_length=REASON_MAX)], ...], Meta(max_length=REASONS_MAX)
 ]
 DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
@@ -333,6 +341,7 @@ class Done(Message, frozen=True, kw_only=True):
         outcomes: One `FetchOutcome` a key, as bytes. HIT means that all of it was sent.
         tiers: One `Tier` a key, as bytes.
         served_by: One `ServedBy` a key, as bytes: an agent says how it got each block.
+        errors: What went wrong behind the server, for people.
         queued_us: From the arrival of the request until its first byte was sent.
         service_us: From then until the last.
         report: The server's load at this moment.
@@ -341,6 +350,7 @@ class Done(Message, frozen=True, kw_only=True):
     outcomes: bytes
     tiers: bytes = b""
     served_by: bytes = b""
+    errors: Reasons = ()
     queued_us: Count = 0
     service_us: Count = 0
     report: LoadReport | None = None
@@ -377,9 +387,10 @@ class Want(Message, frozen=True, kw_only=True):
 
 
 class PutDone(Message, frozen=True, kw_only=True):
-    """Ends a PUT. `outcomes`: one `PutOutcome` a key, as bytes."""
+    """Ends a PUT. `outcomes`: one `PutOutcome` a key, as bytes; `errors` as in `Done`."""
 
     outcomes: bytes
+    errors: Reasons = ()
     report: LoadReport | None = None
 
 
@@ -558,6 +569,12 @@ class Error(Message, frozen=True, kw_only=True):
     code: ErrorCode
     message: str
     field: str = ""
+
+
+def reasons(errors: Iterable[Exception]) -> tuple[str, ...]:
+    """The first errors, each once and cut, as DONE and PUT_DONE tell them."""
+    texts = dict.fromkeys(str(error)[:REASON_MAX] for error in errors)
+    return tuple(itertools.islice(texts, REASONS_MAX))
 
 
 def cut_text(text: str) -> str:

@@ -71,6 +71,7 @@ from kvstore.messages import (
     Status,
     Subscribe,
     Welcome,
+    reasons,
 )
 from kvstore.protocol import ServerHooks, ServerProtocol
 from kvstore.reporter import LoadReporter
@@ -240,6 +241,7 @@ class ServerConnection(ServerHooks):
             outcomes=outcomes,
             tiers=stream.tiers(),
             served_by=stream.served_by(),
+            errors=reasons(stream.errors()),
             queued_us=int(max(0.0, queued_s) * 1e6),
             service_us=int(max(0.0, service_s) * 1e6),
             report=self.server.report(),
@@ -252,7 +254,9 @@ class ServerConnection(ServerHooks):
             count = outcomes.count(outcome)
             if count:
                 self.server.counters[f"put_blocks_{outcome.name.lower()}"] += count
-        return PutDone(outcomes=outcomes, report=self.server.report())
+        return PutDone(
+            outcomes=outcomes, errors=reasons(stream.errors()), report=self.server.report()
+        )
 
     # --- requests --------------------------------------------------------------------------
 

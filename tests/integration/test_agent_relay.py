@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from kvstore.errors import PermissionDenied
-from kvstore.messages import Fetch, FetchOutcome, FetchSource, Retain, ServedBy
+from kvstore.messages import Fetch, FetchOutcome, FetchSource, PutOutcome, Retain, ServedBy
 from kvstore.wire import FrameType
 from kvstore_client import AsyncClient
 from kvstore_client.placement import extents_of
@@ -25,6 +25,7 @@ from tests.support.cluster import (
     chain,
     check_hits,
     connected,
+    contents,
     fetch_blocks,
     open_pool,
     room,
@@ -313,6 +314,22 @@ async def test_an_engine_puts_looks_up_and_loads_through_its_agent(tmp_path: Pat
             assert await engine.delete(namespace, keys) == [True] * len(keys)
             assert not any((await engine.lookup(namespace, keys)).hits)
             assert agent.block(namespace, keys[0]) is None
+
+
+async def test_an_engine_hears_why_from_behind_its_agent(tmp_path: Path) -> None:
+    async with serve() as (node,), run_agents([node], local=tmp_path) as (agent,):
+        keys = chain(4)
+        async with connected(agent.local) as engine:
+            namespace = await open_pool(engine)
+            put = await engine.put(namespace, keys, contents(keys), ack="synced")
+            assert put.outcomes == [PutOutcome.UNAVAILABLE] * 4
+            assert any("only ack=memory" in str(error) for error in put.errors), put.errors
+            await node.kill()
+            await until(lambda: not agent.agent.cluster.reachable)
+            result = await fetch_blocks(engine, namespace, chain(4, 100))
+            assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 4
+            assert any(node.uri in str(error) for error in result.errors), result.errors
+            await node.start()
 
 
 async def test_an_engine_that_is_gone_leaves_no_lease_at_storage(tmp_path: Path) -> None:

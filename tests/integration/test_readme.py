@@ -80,7 +80,7 @@ def test_a_whole_turn_goes_as_it_is_shown(tmp_path: Path) -> None:
         lines = [line for line in program.splitlines() if line and not line.startswith("#")]
         results = []
         for line in lines:
-            made = eval(line, known)  # noqa: S307
+            made = eval(line, known)
             if hasattr(made, "result"):
                 made.wait_quiet(30.0)
                 results.append(made.result())

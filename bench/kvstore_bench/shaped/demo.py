@@ -206,7 +206,7 @@ async def _until_listening(agent: Child, listening: asyncio.Event) -> None:
 
 def shaped_rows(shown: Sequence[Shown]) -> list[str]:
     """The table of policies for people. Pure."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             "policy",
             "s a fetch",

@@ -17,7 +17,7 @@ _TEXT = "#555555"
 # Places of the links in a reading: the fields of `Sample`.
 _PREFILL, _DECODE, _COMPUTE = range(3)
 # In rates of a storage NIC: two of them, and room for the times of fetches.
-_TOP = 2.45
+_TOP = 2.55
 # And on the right of the last fetch, for the names of lines.
 _RIGHT = 1.14
 
@@ -109,7 +109,7 @@ def _draw_panel(axes: Any, panel: Panel, nic_Bps: float) -> None:
     for began_at, ended_at, word in panel.fetches:
         axes.text(
             (began_at + ended_at) / 2 - zero,
-            nic * 2.06,
+            nic * 2.16,
             f"{ended_at - began_at:.2f} s{word and chr(10)}{word}",
             ha="center",
             va="bottom",

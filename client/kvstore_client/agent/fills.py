@@ -56,7 +56,7 @@ class FillAsker(Protocol):
     def fill_failed(self, fill: Fill, block: HeldBlock, outcome: FetchOutcome) -> None:
         """One of its blocks does not come. Told before the block itself changes."""
 
-    def fill_over(self) -> None:
+    def fill_over(self, fill: Fill) -> None:
         """A fill has ended; all is known about each of its blocks."""
 
 
@@ -196,7 +196,7 @@ class Fill:
         self.over = True
         askers, self.askers = self.askers, set()
         for asker in askers:
-            asker.fill_over()
+            asker.fill_over(self)
 
     def quiet(self) -> None:
         """Nobody writes into the blocks any more."""

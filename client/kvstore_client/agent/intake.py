@@ -10,8 +10,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from kvstore.blocksource import FetchStream
+from kvstore.errors import LimitExceeded
 from kvstore.layout import PieceMap
-from kvstore.messages import FetchOutcome, ServedBy, Tier
+from kvstore.messages import REASONS_MAX, FetchOutcome, ServedBy, Tier
 from kvstore_client.agent.fills import Fill, FillKind, Fills
 from kvstore_client.agent.memory import HeldBlock, layer_mask
 from kvstore_client.agent.rooms import WatchedPool
@@ -106,6 +107,7 @@ class BlockIntake(FetchStream):
         self._room_timer: Callable[[], None] | None = None
         self._wait_timer: Callable[[], None] | None = None
         self._without_room = False
+        self._errors: list[Exception] = []
         self._wait_over = fills.now() >= terms.wait_until
         self._admitting = self._admit_again = False
         self._stopped = False
@@ -177,6 +179,7 @@ class BlockIntake(FetchStream):
                 self._cancel_room_timer()
         if block is None:
             self._counters["relay_no_room"] += 1
+            self._note([LimitExceeded("no room in the agent's memory for a block")])
             self._fail(index, FetchOutcome.UNAVAILABLE)
             return True
         self._take_up(index, block)
@@ -396,6 +399,7 @@ class BlockIntake(FetchStream):
 
     def fill_failed(self, fill: Fill, block: HeldBlock, outcome: FetchOutcome) -> None:
         """A fill that this fetch waits for does not bring a block."""
+        self._note(fill.job.errors)
         # Whoever began it had less time than we have, or is gone, or asked elsewhere.
         late = outcome in (FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE)
         again = fill.owner is not self and (late or self._terms.peer_route is not None)
@@ -407,10 +411,17 @@ class BlockIntake(FetchStream):
             elif self._source.kind is not None:
                 self._fail(index, outcome)
 
-    def fill_over(self) -> None:
+    def fill_over(self, fill: Fill) -> None:
         """A fill has ended that this fetch waited for."""
+        self._note(fill.job.errors)
         if not self._left_count:
             self.on_ready()
+
+    def _note(self, errors: Sequence[Exception]) -> None:
+        """Keep the first of what went wrong for the asker."""
+        if len(self._errors) < REASONS_MAX:
+            known = set(map(str, self._errors))
+            self._errors += [error for error in errors if str(error) not in known]
 
     def _retry(self, index: int) -> None:
         """Ask for a block again, together with others that have failed in this turn."""

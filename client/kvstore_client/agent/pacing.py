@@ -7,7 +7,7 @@ there is none. What engines of this node load is not paced: it stays on this hos
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvstore.blocksource import Chunk, FetchStream
@@ -142,6 +142,9 @@ class PacedFetch(FetchStream):
 
     def outcomes(self) -> bytes:
         return self._inner.outcomes()
+
+    def errors(self) -> Sequence[Exception]:
+        return self._inner.errors()
 
     def tiers(self) -> bytes:
         return self._inner.tiers()

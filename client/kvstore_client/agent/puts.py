@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from kvstore.blocksource import PutStream
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
-from kvstore.messages import AckLevel, PutOutcome
+from kvstore.messages import REASONS_MAX, AckLevel, PutOutcome
 from kvstore.transfer import PENDING
 from kvstore_client.agent.memory import BlockPool, HeldBlock, layer_mask
 from kvstore_client.agent.retention import Retentions
@@ -90,6 +90,7 @@ class _PoolPut(PutStream):
         self._outcomes = bytearray([PENDING]) * len(keys)
         self._undecided_count = len(keys)
         self._next = 0
+        self._errors: list[Exception] = []  # of storage
         # Blocks whose bytes are on their way, by index.
         self._reserved: dict[int, _Place] = {}
 
@@ -103,6 +104,9 @@ class _PoolPut(PutStream):
 
     def outcomes(self) -> bytes:
         return bytes(self._outcomes)
+
+    def errors(self) -> Sequence[Exception]:
+        return self._errors
 
     def reserve(self, bytes_max: int) -> list[int]:
         wanted: list[int] = []
@@ -356,6 +360,7 @@ class StoragePut(_PoolPut):
     def _stored(self, job: PutJob, indices: Sequence[int]) -> None:
         """Storage has decided on the blocks of a job."""
         self._jobs.discard(job)
+        self._errors += job.errors[: REASONS_MAX - len(self._errors)]
         for index, outcome in zip(indices, job.outcomes, strict=True):
             if self._outcomes[index] == PENDING:
                 self._decide(index, PutOutcome(outcome))

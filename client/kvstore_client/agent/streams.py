@@ -14,6 +14,7 @@ slows storage down and fills no memory. A block is pinned all that time.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 
 from kvstore.blocksource import CHECKSUM_BYTES_PER_CHUNK_MAX, Chunk
@@ -67,6 +68,9 @@ class PoolFetch(BlockIntake):
 
     def outcomes(self) -> bytes:
         return bytes(self._outcomes)
+
+    def errors(self) -> Sequence[Exception]:
+        return self._errors
 
     def tiers(self) -> bytes:
         tiers = self._tiers

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from kvstore.errors import RefusedError
+from kvstore.errors import RefusedError, TransportError
 from kvstore.messages import Done, PutDone
 from kvstore.protocol import Reply
 from kvstore_client.handles import Run
@@ -61,6 +61,8 @@ class Exchange:
                 link.succeeded()
             if reply.report is not None:
                 link.take_report(reply.report)
+            for text in reply.errors:
+                job.add_error(TransportError(f"{link.peer}: {text}"))
             if isinstance(reply, Done):
                 queued_us, service_us = reply.queued_us, reply.service_us
         elif isinstance(reply, RefusedError):
