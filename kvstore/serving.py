@@ -177,7 +177,8 @@ class ServerConnection(ServerHooks):
     @property
     def busy(self) -> bool:
         """Whether requests are under way or output is queued."""
-        return bool(self.protocol.request_count or self.protocol.writer.queued_bytes)
+        protocol = self.protocol
+        return bool(protocol.request_count or self._answers or protocol.writer.queued_bytes)
 
     # --- ServerHooks -----------------------------------------------------------------------
 
@@ -411,9 +412,15 @@ class ServerConnection(ServerHooks):
                 f"{len(self._answers)} requests of this connection wait for other nodes, the"
                 f" limit is {ANSWERS_PENDING_MAX}"
             )
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._answers.discard(task)
+            if asyncio.iscoroutine(answer):
+                answer.close()  # it has not begun if the task was cancelled at once
+
         task = self.server.loop.create_task(self._answer_later(type, request_id, answer, reply))
         self._answers.add(task)
-        task.add_done_callback(self._answers.discard)
+        task.add_done_callback(ended)
 
     async def _answer_later(
         self,

@@ -538,7 +538,8 @@ class Cluster(Ways):
 
         async def supervise() -> None:
             try:
-                await run()
+                if not job.ended:  # it may have ended, and the client with it, before this turn
+                    await run()
             except Exception as error:
                 logger.exception("internal error in a request")
                 job.give_up(error)

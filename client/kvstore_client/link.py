@@ -221,6 +221,7 @@ class PeerLink:
     def close(self) -> None:
         """Take the connections down at once; requests under way fail."""
         self._closed = True
+        self._tried.set()  # nobody who waits for the first attempt learns more
         self._task.cancel()
         for task in self._reopening:
             task.cancel()
@@ -243,9 +244,9 @@ class PeerLink:
         if self._channels is not None:
             await self._namespaces.open(namespace, partial(self._ask_open, self._channels.control))
 
-    def wants(self, namespace: Namespace) -> bool:
-        """Whether a namespace is open, or opened whenever the link comes up."""
-        return self._namespaces.wanted(namespace)
+    def answered(self, namespace: Namespace) -> bool:
+        """Whether the peer has ever said yes or no to a namespace."""
+        return self._namespaces.answered(namespace)
 
     @property
     def fetching(self) -> bool:

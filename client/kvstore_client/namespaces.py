@@ -71,15 +71,16 @@ class WantedNamespaces:
         self._peer = peer
         self._wanted: dict[bytes, Namespace] = {}
         self._refusals: dict[bytes, RefusedError] = {}
+        self._answered: set[bytes] = set()
         self._tried_at: dict[bytes, float] = {}
 
     def add(self, namespace: Namespace) -> None:
         """Want a namespace from now on."""
         self._wanted[namespace.id] = namespace
 
-    def wanted(self, namespace: Namespace) -> bool:
-        """Whether a namespace was added."""
-        return namespace.id in self._wanted
+    def answered(self, namespace: Namespace) -> bool:
+        """Whether the peer has ever said yes or no to a namespace."""
+        return namespace.id in self._answered
 
     def refusal(self, namespace: Namespace) -> RefusedError | None:
         """Why the peer does not serve a namespace; None if it does, as far as is known."""
@@ -110,8 +111,10 @@ class WantedNamespaces:
                 raise RefusedError(f"{self._peer} computes another namespace id for {namespace!r}")
         except RefusedError as error:
             self._refusals[namespace.id] = error
+            self._answered.add(namespace.id)
             raise
         self._refusals.pop(namespace.id, None)
+        self._answered.add(namespace.id)
 
     async def open_all(self, ask: Ask) -> None:
         """Open all, those too that are added meanwhile, before the first request about one of

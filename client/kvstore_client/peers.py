@@ -62,7 +62,8 @@ class PeerLinks:
         await link.tried()
         if not link.up:
             raise TransportError(f"peer {name}: {link.last_error}")
-        if not link.wants(namespace):
+        # Not only whether somebody has asked for it: his question may be under way.
+        if not link.answered(namespace):
             await link.open_namespace(namespace)
         return link
 

@@ -76,6 +76,7 @@ class Fill:
         askers: Who waits for some of the blocks.
         blocks: Pinned until nobody writes into them any more.
         over: Whether all is known about each block.
+        verified: Whether layers were compared with their checksums before they were told of.
     """
 
     __slots__ = (
@@ -94,6 +95,7 @@ class Fill:
         "left_bytes",
         "over",
         "owner",
+        "verified",
     )
 
     job: FillJob
@@ -105,6 +107,7 @@ class Fill:
         layers: range,
         kind: FillKind,
         owner: FillAsker,
+        verified: bool,
     ) -> None:
         self._fills = fills
         self.blocks = blocks
@@ -112,6 +115,7 @@ class Fill:
         self.owner = owner
         self.askers: set[FillAsker] = {owner}
         self.over = False
+        self.verified = verified
         self._layers = layers
         self._mask = layer_mask(layers.start, layers.stop)
         self._offsets = offsets = blocks[0].namespace.geometry.offsets
@@ -177,7 +181,8 @@ class Fill:
         for asker in list(self.askers):
             asker.fill_failed(self, block, told)
         mask = self._mask & ~block.ready
-        if outcome in _CUT_OFF and block.ready and not block.dropped:
+        cut_off = outcome in _CUT_OFF or (self.verified and outcome == FetchOutcome.CORRUPT)
+        if cut_off and block.ready and not block.dropped:
             # What is here is good. The rest may come again when nobody writes there any more.
             if self.job.handle.quiet.done():
                 block.coming &= ~mask
@@ -186,7 +191,7 @@ class Fill:
                 self._late.append(block)
             return
         block.coming &= ~mask
-        if outcome == FetchOutcome.MISS and (block.ready or block.coming):
+        if block.dropped or (outcome == FetchOutcome.MISS and (block.ready or block.coming)):
             block.notify()
         else:
             self._fills.pool.drop(block)
@@ -214,7 +219,8 @@ class Fills:
     Args:
         pool: Where blocks come to.
         starter: Begins the jobs.
-        verify: Whether what only passes through is verified here too.
+        verify: Whether what only passes through is verified here too. What engines of this node
+            load always is: only here it is known who brought it and which other way there is.
         counters: Where to count.
 
     Attributes:
@@ -280,7 +286,8 @@ class Fills:
             group_layers: Layers in a group for order=layer, 0 for order=block.
             owner: Is told of what fails, now or later.
         """
-        fill = Fill(self, blocks, layers, kind, owner)
+        verify = self._verify or kind is not FillKind.STORAGE
+        fill = Fill(self, blocks, layers, kind, owner, verify)
         mask = layer_mask(layers.start, layers.stop)
         pin, of = self.pool.pin, self._of
         for block in blocks:
@@ -299,7 +306,7 @@ class Fills:
             now,
             max(0.0, deadline_at - now),
             fill,
-            self._verify,
+            verify,
             route,
         )
         job.on_block = fill.block_done

@@ -100,6 +100,7 @@ class BlockIntake(FetchStream):
         self._failed: list[int] = []  # what the peer has yet to hear of
         self._tries = bytearray(count)
         self._again: list[int] = []
+        self._damaged = bytearray(count)  # came damaged, some layers aside: not by relays again
         self._awaited: dict[bytes, tuple[int, ...]] = {}
         # Fills whose last word tells which way a block came, by index.
         self._told_by: dict[int, Fill] = {}
@@ -405,8 +406,14 @@ class BlockIntake(FetchStream):
         again = fill.owner is not self and (late or self._terms.peer_route is not None)
         if fill.kind is FillKind.PEER and self._source.kind is FillKind.ANY:
             again = True  # the peer has it not: now from storage
+        damaged = fill.verified and outcome is FetchOutcome.CORRUPT and block.ready != 0
         for index in self._indices.get(block, ()):
+            if block.ready & self._mask == self._mask:
+                continue  # what does not come is of others
             if again:
+                self._retry(index)
+            elif damaged and not self._damaged[index]:
+                self._damaged[index] = 1  # the first layers were given out: the rest direct
                 self._retry(index)
             elif self._source.kind is not None:
                 self._fail(index, outcome)

@@ -194,7 +194,7 @@ class _PoolPut(PutStream):
         block = place.block
         if not place.apart:
             block.coming &= ~layer_mask(self._layers.start, self._layers.stop)
-            if block.ready or block.coming or block.leases:
+            if block.ready or block.coming or block.leases or block.dropped:
                 block.notify()
             else:
                 self._pool.drop(block)

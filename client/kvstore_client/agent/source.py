@@ -238,10 +238,11 @@ class AgentSource(BlockSource):
     def release(self, leases: Sequence[int], owner: Asker) -> Answer[list[bool]]:
         self.retentions.expire(self._loop.time())
         # Claims have even numbers, leases of lookups odd ones.
-        passed = {number: self._leases.take(number >> 1, owner) for number in leases if number & 1}
+        numbers = dict.fromkeys(leases)  # each once
+        passed = {number: self._leases.take(number >> 1, owner) for number in numbers if number & 1}
         held = {
             number: self.retentions.release(number >> 1, owner)
-            for number in leases
+            for number in numbers
             if not number & 1
         }
         if not any(passed.values()):
@@ -485,15 +486,19 @@ class AgentSource(BlockSource):
         }
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        async def run(awaited: Awaitable[None]) -> None:
+        async def run() -> None:
             try:
-                await awaited
+                await work
             except KVStoreError as error:
                 logger.info("at storage: %s", error)
 
-        task = self._loop.create_task(run(work))
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            work.close()  # it has not begun if the task was cancelled at once
+
+        task = self._loop.create_task(run())
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
 
 
 _PREFIXES = {FetchSource.ANY: "own", FetchSource.RELAY: "relay", FetchSource.PEER: "peer"}
