@@ -412,15 +412,12 @@ class ServerConnection(ServerHooks):
                 f"{len(self._answers)} requests of this connection wait for other nodes, the"
                 f" limit is {ANSWERS_PENDING_MAX}"
             )
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._answers.discard(task)
-            if asyncio.iscoroutine(answer):
-                answer.close()  # it has not begun if the task was cancelled at once
-
         task = self.server.loop.create_task(self._answer_later(type, request_id, answer, reply))
         self._answers.add(task)
-        task.add_done_callback(ended)
+        task.add_done_callback(self._answers.discard)
+        if asyncio.iscoroutine(answer):
+            close = answer.close  # it has not begun if the task is cancelled at once
+            task.add_done_callback(lambda _: close())
 
     async def _answer_later(
         self,

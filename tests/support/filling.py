@@ -74,7 +74,16 @@ class StorageJob:
                 if a < b:
                     self._send(group, index, a, b, version)
 
-    def _send(self, group: int, index: int, a: int, b: int, version: int) -> None:
+    def damage(self, index: int, layers: tuple[int, int]) -> None:
+        """Bytes of some layers of a block, within one group, that are not what they should be."""
+        _, _, start, _ = self._transfer.pieces.group_ranges[0]
+        offsets = self._transfer.pieces.geometry.offsets
+        a, b = (offsets[layer] - start for layer in layers)
+        self._send(0, index, a, b, 0, damaged=True)
+
+    def _send(
+        self, group: int, index: int, a: int, b: int, version: int, damaged: bool = False
+    ) -> None:
         pieces, name = self._transfer.pieces, self.job.keys[index]
         first, last, start, _ = pieces.group_ranges[group]
         offsets = pieces.geometry.offsets
@@ -83,6 +92,7 @@ class StorageJob:
         at = start + a
         for view in self._transfer.route(header, lambda size: [memoryview(bytearray(size))]):
             view[:] = data[at : at + len(view)]
+            view[0] ^= damaged
             at += len(view)
         checksums = b""
         if not a:

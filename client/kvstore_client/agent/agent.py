@@ -100,7 +100,8 @@ class Agent:
         """
         try:
             if self._region is not None:
-                self._region.touch()
+                # Seconds for a large one, in which an engine's loop has other things to do.
+                await asyncio.to_thread(self._region.touch)
             await self.cluster.start()
             self.source.start(self._pacer())
             await self.server.start()

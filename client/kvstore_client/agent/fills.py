@@ -57,7 +57,7 @@ class FillAsker(Protocol):
         """One of its blocks does not come. Told before the block itself changes."""
 
     def fill_over(self, fill: Fill) -> None:
-        """A fill has ended; all is known about each of its blocks."""
+        """A fill has ended: all is known about each of its blocks. Or the ways of some are."""
 
 
 class Starter(Protocol):
@@ -163,7 +163,7 @@ class Fill:
         )
 
     def way(self, key: bytes) -> int:
-        """A `ServedBy`: by which path a block has come; known when the fill is over."""
+        """A `ServedBy`: by which path a block has come; UNKNOWN until that is known."""
         if self.kind is not FillKind.ANY:
             return self.kind.way
         if self._places is None:
@@ -195,6 +195,11 @@ class Fill:
             block.notify()
         else:
             self._fills.pool.drop(block)
+
+    def told(self) -> None:
+        """By which way some of the blocks have come is known now."""
+        for asker in list(self.askers):
+            asker.fill_over(self)
 
     def ended(self) -> None:
         """All is known about each block."""
@@ -310,6 +315,7 @@ class Fills:
             route,
         )
         job.on_block = fill.block_done
+        job.on_run = partial(self._loop.call_soon, fill.told)
         handle = job.handle = AsyncFetchHandle(job.deadline_s, job.cancel, len(layers))
         handle.outcome.add_done_callback(lambda done: fill.ended())
         handle.quiet.add_done_callback(partial(self._quiet, fill))

@@ -99,7 +99,7 @@ class BlockIntake(FetchStream):
         self._is_ready = bytearray(count)
         self._failed: list[int] = []  # what the peer has yet to hear of
         self._tries = bytearray(count)
-        self._again: list[int] = []
+        self._again: dict[int, None] = {}
         self._damaged = bytearray(count)  # came damaged, some layers aside: not by relays again
         self._awaited: dict[bytes, tuple[int, ...]] = {}
         # Fills whose last word tells which way a block came, by index.
@@ -258,10 +258,13 @@ class BlockIntake(FetchStream):
         assert source.kind is not None
         at = 0
         while at < len(wanted):
-            missing = wanted[at][1]
-            by_peer = terms.peer_route is not None and self._tries[wanted[at][0]] == 1
+            index, missing = wanted[at]
+            damaged = self._damaged[index]
+            by_peer = terms.peer_route is not None and self._tries[index] == 1
             kind = FillKind.PEER if by_peer else source.kind
             route = terms.peer_route if by_peer and terms.peer_route is not None else terms.route
+            if damaged:
+                route = route._replace(direct_only=True)
             first = (missing & -missing).bit_length() - 1
             last = first + (~(missing >> first) & ((missing >> first) + 1)).bit_length() - 1
             rest = missing & ~layer_mask(first, last)
@@ -269,9 +272,12 @@ class BlockIntake(FetchStream):
             count_max = max(1, source.run_bytes // (offsets[last] - offsets[first]))
             run: list[int] = []
             while at < len(wanted) and len(run) < count_max and wanted[at][1] == missing:
-                if (by_peer and self._tries[wanted[at][0]] > 1) or self._twin(wanted[at][0], run):
+                index = wanted[at][0]
+                if by_peer and self._tries[index] > 1:
                     break
-                run.append(wanted[at][0])
+                if self._damaged[index] != damaged or self._twin(index, run):
+                    break
+                run.append(index)
                 at += 1
             if not run:  # the same block once more: it is on its way by now
                 self._look_at(wanted[at][0])
@@ -296,10 +302,15 @@ class BlockIntake(FetchStream):
         self, run: Sequence[int], kind: FillKind, route: Route, first: int, last: int
     ) -> None:
         blocks = [block for index in run if (block := self._blocks[index]) is not None]
-        if self._twins and not all(block.missing(first, last) for block in blocks):
-            # A twin of one that was asked for a moment ago.
-            for index in run:
-                self._look_at(index)
+        mask = layer_mask(first, last)
+        if any((block.ready | block.coming) & mask for block in blocks):
+            # A twin of one that was asked for a moment ago. Or another fetch has asked, for whom
+            # there was room when this one let go of something.
+            for index, block in zip(run, blocks, strict=True):
+                if any(self in fill.askers for fill in self._fills.of(block)):
+                    self._look_at(index)
+                else:
+                    self._retry_soon(index)
             return
         keys = [self._keys[index] for index in run]
         chain = PlacedKeys(keys, extents_of(self._heads, run))
@@ -419,29 +430,46 @@ class BlockIntake(FetchStream):
                 self._fail(index, outcome)
 
     def fill_over(self, fill: Fill) -> None:
-        """A fill has ended that this fetch waited for."""
+        """A fill has ended that this fetch waited for, or tells of more ways."""
         self._note(fill.job.errors)
-        if not self._left_count:
+        if not self._left_count and not self._stopped:
+            self._leave_told()
             self.on_ready()
+
+    def _leave_told(self) -> None:
+        """Leave the fills but those that have yet to say by which way a block came."""
+        told_by = self._told_by
+        for index, fill in list(told_by.items()):
+            way = fill.way(self._keys[index])
+            if way or fill.over or self._stopped:
+                self._ways[index] = way
+                del told_by[index]
+        waiting = set(told_by.values())
+        left, self._asked = self._asked - waiting, waiting
+        self._fills.leave(self, list(left))
 
     def _note(self, errors: Sequence[Exception]) -> None:
         """Keep the first of what went wrong for the asker."""
         if len(self._errors) < REASONS_MAX:
-            known = set(map(str, self._errors))
-            self._errors += [error for error in errors if str(error) not in known]
+            # Nearly always the same ones: they are told of with each block of a fill.
+            found = [error for error in errors if error not in self._errors]
+            known = set(map(str, self._errors)) if found else set()
+            self._errors += [error for error in found if str(error) not in known]
 
     def _retry(self, index: int) -> None:
         """Ask for a block again, together with others that have failed in this turn."""
         if self._tries[index] >= TRIES_MAX:
             self._fail(index, FetchOutcome.UNAVAILABLE)
             return
+        self._retry_soon(index)
+
+    def _retry_soon(self, index: int) -> None:
         if not self._again:
             self._fills.call_soon(self._retry_all)
-        if index not in self._again:
-            self._again.append(index)
+        self._again[index] = None
 
     def _retry_all(self) -> None:
-        again, self._again = self._again, []
+        again, self._again = self._again, {}
         taken: list[int] = []
         for index in again:
             block = self._blocks[index]
@@ -509,11 +537,7 @@ class BlockIntake(FetchStream):
         for key in self._awaited:
             self._pool.expect_no_more(self._namespace.id, key, self)
         self._awaited.clear()
-        left = self._asked
-        if not self._stopped:
-            left = left - set(self._told_by.values())  # their last words are waited for
-        self._asked = self._asked - left
-        self._fills.leave(self, list(left))
+        self._leave_told()
 
     # --- waiting for room, and for blocks to appear ----------------------------------------
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -110,6 +110,7 @@ class AgentSource(BlockSource):
         self._verify = verify_relayed
         self._counts: Counter[str] = Counter()
         self._namespaces: dict[bytes, Namespace] = {}
+        self._opening: Counter[bytes] = Counter()  # requests that wait for storage
         self._at_relays: set[bytes] = set()  # namespaces that are open there too
         self._leases = PassedLeases()
         self._relays: set[PoolFetch] = set()
@@ -158,17 +159,26 @@ class AgentSource(BlockSource):
         known = self._namespaces.get(namespace.id)
         if known is not None and (namespace.id in self._at_relays or not asker.local):
             return _info(known)
-        if known is None and len(self._namespaces) >= NAMESPACES_MAX:
-            raise LimitExceeded(
-                f"{len(self._namespaces)} namespaces are open, the limit is {NAMESPACES_MAX}"
-            )
+        count = len(self._namespaces) + len(self._opening)
+        if known is None and count >= NAMESPACES_MAX:
+            raise LimitExceeded(f"{count} namespaces are open, the limit is {NAMESPACES_MAX}")
         return self._open(known or namespace, asker.local)
 
     async def _open(self, namespace: Namespace, relays: bool) -> NamespaceInfo:
-        await self._cluster.open_namespace(namespace, relays)
-        self._namespaces.setdefault(namespace.id, namespace)
+        name = namespace.id
+        self._opening[name] += 1
+        try:
+            await self._cluster.open_namespace(namespace, relays)
+            self._namespaces.setdefault(name, namespace)
+        finally:
+            self._opening[name] -= 1
+            if not self._opening[name]:
+                del self._opening[name]
+                if name not in self._namespaces:
+                    # Or what others are refused would be kept, and asked for again, for ever.
+                    self._cluster.forget_namespace(namespace)
         if relays:
-            self._at_relays.add(namespace.id)
+            self._at_relays.add(name)
         return _info(namespace)
 
     def namespaces(self, pool: str) -> list[NamespaceInfo]:
