@@ -82,6 +82,8 @@ def check_retain(retain_for: tuple[str, int] | None, retain_s: float) -> Retain 
     """
     if retain_for is None:
         return None
+    if not isinstance(retain_for, tuple | list) or len(retain_for) != 2:
+        raise LocalProtocolError(f"retain_for={retain_for!r}: must be (request, attempt)")
     request, attempt = check_request(*retain_for)
     return Retain(request=request, attempt=attempt, lease_ms=max(1, check_lease(retain_s)))
 
@@ -92,11 +94,19 @@ def check_request(request: str, attempt: int) -> tuple[str, int]:
     Raises:
         LocalProtocolError: No name, a longer one than any agent takes, a negative attempt.
     """
-    if not isinstance(request, str) or not 1 <= len(request) <= REQUEST_NAME_MAX:
+    if not _is_text(request) or not 1 <= len(request) <= REQUEST_NAME_MAX:
         raise LocalProtocolError(f"request={request!r}: 1 to {REQUEST_NAME_MAX} characters")
-    if not 0 <= attempt <= CAPACITY_BYTES_MAX:
+    if type(attempt) is not int or not 0 <= attempt <= CAPACITY_BYTES_MAX:
         raise LocalProtocolError(f"attempt={attempt}: 0 to {CAPACITY_BYTES_MAX}")
     return request, attempt
+
+
+def _is_text(value: object) -> bool:
+    """Whether a peer can be told; one that cannot read a request breaks the connection."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def check_layers(namespace: Namespace, layers: range | None) -> range:
@@ -125,7 +135,7 @@ def fetch_route(
     """
     if not (decode_node or retain_for or peer):
         return ANY_ROUTE
-    if len(decode_node) > NODE_ID_MAX:
+    if not _is_text(decode_node) or len(decode_node) > NODE_ID_MAX:
         raise LocalProtocolError(f"decode_node={decode_node!r}: at most {NODE_ID_MAX} characters")
     return Route(
         decode_node=decode_node,
@@ -184,7 +194,7 @@ def fetch_job(
     span = check_layers(namespace, layers)
     if order not in list(Order):
         raise LocalProtocolError(f"order={order!r}: must be one of {', '.join(Order)}")
-    if group_layers < 1:
+    if type(group_layers) is not int or group_layers < 1:
         raise LocalProtocolError(f"group_layers={group_layers}: must be at least 1")
     sizes = namespace.geometry.layer_bytes[span.start : span.stop]
     memory = check_memory(into, len(wanted.wanted), sizes, "into", writable=True)

@@ -78,6 +78,8 @@ logger = logging.getLogger(__name__)
 
 # Bytes of one PUT: half a millisecond of hashing before the first of them can be sent.
 PUT_BYTES_MAX = 16 * 1024 * 1024
+# Of an extent in the metadata of a request to an agent, beside the key of its head.
+EXTENT_METADATA_BYTES = 4
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -241,6 +243,12 @@ class Cluster(Ways):
             refusals += isinstance(result, RefusedError) and not isinstance(result, Draining)
         if refusals == len(self._links) and isinstance(results[0], RefusedError):
             raise results[0]
+
+    def forget_namespace(self, namespace: Namespace) -> None:
+        """Open a namespace nowhere any more: nobody uses it."""
+        self._namespaces.pop(namespace.id, None)
+        for link in (*self._links, *self._others()):
+            link.forget_namespace(namespace)
 
     async def lookup(
         self,
@@ -512,9 +520,12 @@ class Cluster(Ways):
 
     def _put_blocks_max(self, geometry: Geometry, peer: int) -> int:
         """Blocks of one PUT: bounded by the frame of its announcement, and by its bytes."""
+        link = self._links[peer]
         each_bytes = KEY_METADATA_BYTES + geometry.layer_count * CHECKSUM_BYTES
+        if link.is_agent:
+            each_bytes += KEY_METADATA_BYTES + EXTENT_METADATA_BYTES  # the head, if each is one
         sized = PUT_BYTES_MAX // geometry.block_bytes
-        return max(1, min(self._links[peer].keys_max(each_bytes), sized))
+        return max(1, min(link.keys_max(each_bytes), sized))
 
     # --- the rest --------------------------------------------------------------------------
 

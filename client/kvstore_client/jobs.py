@@ -384,8 +384,15 @@ class FillJob(FetchJob):
         super().__init__(namespace, chain, memory, layers, group_layers, now, deadline_s, route)
         self._sink = sink
         self._verify = verify
+        #: Called when a run has ended, and `served_by` says more.
+        self.on_run: Callable[[], object] | None = None
         #: For each block the layer up to which its layers may have been passed on.
         self.told = [layers.start] * len(self.keys)
+
+    def add_run(self, run: Run, indices: Sequence[int]) -> None:
+        super().add_run(run, indices)
+        if self.on_run is not None:
+            self.on_run()
 
     def may_retry(self, index: int) -> bool:
         # What was passed on must not be overwritten, with whatever version of the block.

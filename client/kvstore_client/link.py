@@ -244,6 +244,10 @@ class PeerLink:
         if self._channels is not None:
             await self._namespaces.open(namespace, partial(self._ask_open, self._channels.control))
 
+    def forget_namespace(self, namespace: Namespace) -> None:
+        """Open a namespace no more when the link comes up."""
+        self._namespaces.forget(namespace)
+
     def answered(self, namespace: Namespace) -> bool:
         """Whether the peer has ever said yes or no to a namespace."""
         return self._namespaces.answered(namespace)

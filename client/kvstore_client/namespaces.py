@@ -78,6 +78,14 @@ class WantedNamespaces:
         """Want a namespace from now on."""
         self._wanted[namespace.id] = namespace
 
+    def forget(self, namespace: Namespace) -> None:
+        """Want a namespace no more."""
+        name = namespace.id
+        self._wanted.pop(name, None)
+        self._refusals.pop(name, None)
+        self._tried_at.pop(name, None)
+        self._answered.discard(name)
+
     def answered(self, namespace: Namespace) -> bool:
         """Whether the peer has ever said yes or no to a namespace."""
         return namespace.id in self._answered

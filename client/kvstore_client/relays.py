@@ -88,8 +88,11 @@ class Relays:
         self._reports = reports
         self._draws = draws
         self._by_node: dict[str, PeerLink] = {}
-        self._ignored: set[PeerLink] = set()
+        # What was made of each link: its node id, and whether it is an agent.
+        self._judged: dict[PeerLink, tuple[str, bool]] = {}
         self._refreshed_at = -REFRESH_S
+        # As of then: relays like any other, and all that can be used where nothing else is left.
+        self._spares: tuple[list[PathMeter], list[PathMeter]] | None = None
 
     def __len__(self) -> int:
         """How many there are."""
@@ -130,18 +133,24 @@ class Relays:
         if route.direct_only or self._policy is Policy.DIRECT or not self.links:
             return None
         self._refresh(now)
-        meters = self.inflight.relays
-        preferred = meters.get(route.decode_node)
-        found = [meter for meter in self.inflight.ring if self._rank(meter, now) == 2]
-        if not found and not all(link.usable for link in self._daemons):
+        if self._spares is None:  # not for each of thousands of blocks that fail together
+            self._spares = self._find_spares(now)
+        found, last = self._spares
+        if not found and last and not all(link.usable for link in self._daemons):
             # What lies on daemons that are down comes by a relay or not at all.
-            found = [meter for meter in self.inflight.ring if self._rank(meter, now)]
+            found = last
+        preferred = self.inflight.relays.get(route.decode_node)
         if preferred is not None and preferred in found:
             return preferred
         return found[int(self._draws.random() * len(found))] if found else None
 
-    def _rank(self, meter: PathMeter, now: float) -> int:
-        return usable(now, meter, self._reports)
+    def _find_spares(self, now: float) -> tuple[list[PathMeter], list[PathMeter]]:
+        ring = self.inflight.ring
+        ranks = [usable(now, meter, self._reports) for meter in ring]
+        return (
+            [meter for meter, rank in zip(ring, ranks, strict=True) if rank == 2],
+            [meter for meter, rank in zip(ring, ranks, strict=True) if rank],
+        )
 
     def _draw(self) -> list[float]:
         return [self._draws.random() for _ in range(DRAWS)]
@@ -150,6 +159,7 @@ class Relays:
         if now - self._refreshed_at < REFRESH_S:
             return
         self._refreshed_at = now
+        self._spares = None
         for daemon, link in zip(self.inflight.daemons, self._daemons, strict=True):
             daemon.node_id = link.peer
             daemon.up = link.usable
@@ -160,20 +170,19 @@ class Relays:
             meter.limit_Bps = storage_limit_Bps(self._reports.report(node_id))
 
     def _name(self) -> None:
-        """Learn the node ids of relays that have answered for the first time."""
-        if len(self._by_node) == len(self.links):
-            return
+        """Learn the node ids of relays that have answered for the first time, or have come back
+        under another."""
         for link in self.links:
-            if link.welcome is None or self._by_node.get(link.peer) is link:
+            known, told = self._judged.get(link), (link.peer, link.is_agent)
+            if link.welcome is None or known == told:
                 continue
-            if link in self._ignored:
-                continue
+            if known is not None and self._by_node.get(known[0]) is link:
+                self._forget(known[0])
+            self._judged[link] = told
             if not link.is_agent:
-                self._ignored.add(link)
                 logger.error("%s is no agent: it cannot relay", link.endpoint)
                 continue
             if link.peer in self._by_node:
-                self._ignored.add(link)
                 logger.error(
                     "%s and %s are both %r: only the first is used as a relay",
                     self._by_node[link.peer].endpoint,
@@ -183,3 +192,10 @@ class Relays:
                 continue
             self._by_node[link.peer] = link
             self.inflight.add_relay(link.peer)
+
+    def _forget(self, node_id: str) -> None:
+        """Nobody has this name any more; what is under way ends by its meter."""
+        del self._by_node[node_id]
+        self.inflight.remove_relay(node_id)
+        self._selector.forget_relay(node_id)
+        self._spares = None

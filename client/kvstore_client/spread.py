@@ -19,6 +19,7 @@ of the old attempt pass through our own reader, which knows them by their reques
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from kvstore_client.jobs import FetchJob
 from kvstore_client.link import PeerLink
 from kvstore_client.paths.base import FetchPath, Shipment
 from kvstore_client.selector import PathMeter
+
+logger = logging.getLogger(__name__)
 
 # What is under way on one path at a time.
 WINDOW_S = 0.1
@@ -158,6 +161,8 @@ class Spread:
         try:
             while True:
                 if self._over():
+                    # Before its own timer: what is under way must end as timed out.
+                    self._job.time_out()
                     return
                 alone = self._alone()
                 if alone is not None:
@@ -178,6 +183,9 @@ class Spread:
             tasks = [task for lane in self._lanes.values() for task in lane.under_way.values()]
             if tasks:
                 await asyncio.gather(*tasks, return_exceptions=True)
+            for lane in self._lanes.values():
+                for shipment in lane.under_way:  # their tasks have not even begun
+                    self._uncharge(lane, shipment)
 
     # --- sending ---------------------------------------------------------------------------
 
@@ -229,8 +237,9 @@ class Spread:
         """Send what the windows allow."""
         for lane in list(self._lanes.values()):
             while lane.waiting and self._room(lane):
-                indices = self._take(lane)
-                shipment = self._shipment(lane, indices)
+                shipment = self._shipment(lane, self._take(lane))
+                # At once: the window must know of it before the next one is looked at.
+                self._charge(lane, shipment)
                 task = self._loop.create_task(self._run(lane, shipment))
                 lane.under_way[shipment] = task
 
@@ -271,15 +280,24 @@ class Spread:
         return Shipment(self._loop, lane.path, lane.link, self._job, indices, on_failed, on_bytes)
 
     async def _ship(self, lane: Lane, indices: Sequence[int]) -> None:
-        await self._run(lane, self._shipment(lane, indices))
+        shipment = self._shipment(lane, indices)
+        self._charge(lane, shipment)
+        await self._run(lane, shipment)
 
-    async def _run(self, lane: Lane, shipment: Shipment) -> None:
-        link, job, meter = lane.link, self._job, lane.meter
+    def _charge(self, lane: Lane, shipment: Shipment) -> None:
+        """The bytes of a shipment are under way from now on; `_run` takes them off again."""
+        meter = lane.meter
         meter.sent(self._loop.time(), shipment.size_bytes)
         rate_Bps = self._rate_Bps(lane) or self._likely_Bps()
         if rate_Bps:
             # Behind all that is under way on the same link, whoever asked for it.
             shipment.expected_s = meter.inflight_bytes / rate_Bps
+
+    def _uncharge(self, lane: Lane, shipment: Shipment) -> None:
+        lane.meter.gone(self._loop.time(), shipment.size_bytes - shipment.arrived_bytes)
+
+    async def _run(self, lane: Lane, shipment: Shipment) -> None:
+        link, job = lane.link, self._job
         try:
             async with link.fetch_slots:
                 if self._over() or shipment.ended:
@@ -291,8 +309,14 @@ class Spread:
                     job.add_error(refusal or link.unavailable())
                     for index in shipment.indices:
                         self._failed(lane, index, FetchOutcome.UNAVAILABLE)
+        except Exception as error:
+            # Nobody awaits this task, and the blocks must not be lost with it.
+            logger.exception("internal error in a shipment of %s", link.peer)
+            job.add_error(error)
+            for index in shipment.take_back():
+                self._failed(lane, index, FetchOutcome.UNAVAILABLE)
         finally:
-            meter.gone(self._loop.time(), shipment.size_bytes - shipment.arrived_bytes)
+            self._uncharge(lane, shipment)
             lane.under_way.pop(shipment, None)
             self._wake()
 
@@ -318,8 +342,10 @@ class Spread:
             if relay:
                 self._relayed[index] = 1
                 self._put_back(index, relay)
-                # If it fails there too, it is the next owner's turn.
-                self._ranks[index] = min(self._ranks[index] + 1, len(self._owners[index]) - 1)
+                # If it fails there too, it is the next owner's turn; but not where the first is
+                # only busy and alone has the block: that would make a miss of a late hit.
+                if outcome is FetchOutcome.UNAVAILABLE or self._ways.copied:
+                    self._ranks[index] = min(self._ranks[index] + 1, len(self._owners[index]) - 1)
                 return
         if self._ranks[index] + 1 < len(self._owners[index]):
             self._ranks[index] += 1
@@ -404,19 +430,34 @@ class Spread:
         for lane in list(self._lanes.values()):
             for shipment in list(lane.under_way):
                 if self._silent(lane, shipment, now):
-                    lane.link.timed_out(shipment.begun_at)
-                    moved = shipment.take_back()
-                    self._job.moved_count += len(moved)
-                    for index in moved:
+                    self._blame(lane, shipment)
+                    for index in self._take_back(shipment):
                         if self._other_way(lane, index):
                             self._failed(lane, index, FetchOutcome.TIMEOUT)
                         else:
                             self._put_back(index, lane.key)
                 elif self._late(lane, shipment, now):
-                    moved = shipment.take_back()
-                    self._job.moved_count += len(moved)
-                    for index in moved:
+                    for index in self._take_back(shipment):
                         self._move(lane, index)
+
+    def _take_back(self, shipment: Shipment) -> list[int]:
+        """Its blocks that are to come again; those that may not come twice fail."""
+        moved = []
+        for index in shipment.take_back():
+            if self._job.may_retry(index):
+                moved.append(index)
+            else:
+                self._job.block_failed(index, FetchOutcome.TIMEOUT)
+        self._job.moved_count += len(moved)
+        return moved
+
+    def _blame(self, lane: Lane, shipment: Shipment) -> None:
+        """A shipment was silent: what that says of the peer."""
+        if lane.relay and lane.link.fetched_at <= shipment.begun_at:
+            # It may well push reports: a path that passes small packets only looks like that.
+            lane.link.failed(shipment.begun_at)
+        else:
+            lane.link.timed_out(shipment.begun_at)
 
     def _silent(self, lane: Lane, shipment: Shipment, now: float) -> bool:
         limit_s = SILENT_S if lane.link.silent_s(now) >= SILENT_S else STALLED_S
@@ -424,12 +465,16 @@ class Spread:
         moved_at = max(shipment.moved_at, lane.link.fetched_at)
         if now - moved_at < min(limit_s, STALLED_SHARE * self._job.deadline_s):
             return False
-        return any(self._other_way(lane, index) for index in shipment.pending())
+        pending = shipment.pending()
+        # With all blocks here only the last word is missing, and nobody needs to wait for it.
+        return not pending or any(
+            self._job.may_retry(index) and self._other_way(lane, index) for index in pending
+        )
 
     def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:
         """Whether a shipment is overdue while the other path is idle and would be in time."""
         age_s = now - shipment.begun_at
-        limit_s = LATE_SHARE * self._job.deadline_s
+        limit_s = late_s = LATE_SHARE * self._job.deadline_s
         if self._eager and shipment.expected_s:
             limit_s = min(limit_s, LATE_S_MIN + LATE_FACTOR * shipment.expected_s)
         if age_s < limit_s:
@@ -437,32 +482,32 @@ class Spread:
         others = [one for one in self._lanes.values() if one.relay != lane.relay]
         if any(one.waiting or one.under_way for one in others):
             return False
-        pending = [index for index in shipment.pending() if self._may_move(lane, index)]
-        if not pending:
+        pending = shipment.pending()
+        movable = [index for index in pending if self._job.may_retry(index)]
+        if len(movable) < len(pending) and age_s < late_s:
+            return False  # those that may not come twice are lost when it is taken back
+        for index in movable:
+            key = self._other(lane, index)
+            if key is not None:
+                break
+        else:
             return False
-        _, link, meter = self._other(lane, pending[0])
+        ways = self._ways
+        _, link, meter = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
         here_Bps = shipment.arrived_bytes / age_s
         return link.usable and (not meter.seen_Bps or meter.seen_Bps > here_Bps)
 
-    def _other(self, lane: Lane, index: int) -> tuple[FetchPath, PeerLink, PathMeter]:
-        """The way that a block goes when it is taken from a lane."""
+    def _other(self, lane: Lane, index: int) -> int | str | None:
+        """The lane to which a block goes when it is taken from a lane; None if there is none."""
         if lane.relay:
-            return self._ways.daemon_way(self._owners[index][self._ranks[index]])
-        return self._ways.relay_way(self._ways.spare_relay(self._job))
-
-    def _may_move(self, lane: Lane, index: int) -> bool:
-        if not self._job.may_retry(index):
-            return False
-        return lane.relay or (not self._relayed[index] and bool(self._ways.spare_relay(self._job)))
+            return self._owners[index][self._ranks[index]]
+        return None if self._relayed[index] else self._ways.spare_relay(self._job) or None
 
     def _move(self, lane: Lane, index: int) -> None:
-        if not self._may_move(lane, index):
-            self._put_back(index, lane.key)
-        elif lane.relay:
-            self._put_back(index, self._owners[index][self._ranks[index]])
-        else:
+        key = self._other(lane, index)
+        if isinstance(key, str):
             self._relayed[index] = 1
-            self._put_back(index, self._ways.spare_relay(self._job))
+        self._put_back(index, lane.key if key is None else key)
 
     # --- waiting ---------------------------------------------------------------------------
 

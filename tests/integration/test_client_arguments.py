@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvstore.errors import ConfigError, LocalProtocolError
+from kvstore.layout import KEY_BYTES_MAX
 from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore_client import AsyncClient, Client, Namespace
+from tests.support.agents import run_agents
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
+    MIB,
     chain,
     connected,
     contents,
@@ -85,6 +90,14 @@ WRONG = {
     "layers: backwards": (fetch(layers=range(3, 0, -1)), "layers="),
     "order": (fetch(order="random"), "order='random'.*block, layer"),
     "group_layers": (fetch(order="layer", group_layers=0), "group_layers=0"),
+    "group_layers: a fraction": (fetch(order="layer", group_layers=1.5), "group_layers=1.5"),
+    "retain_for: no attempt": (fetch(retain_for=("name",)), "retain_for="),
+    "retain_for: a fraction": (fetch(retain_for=("name", 1.5)), "attempt=1.5"),
+    "retain_for: a truth": (fetch(retain_for=("name", True)), "attempt=True"),
+    "retain_for: no text": (fetch(retain_for=(b"name", 1)), "request=b'name'"),
+    "retain_for: unsayable": (fetch(retain_for=("\ud800", 1)), "request='.ud800'"),
+    "decode_node: no text": (fetch(decode_node=b"node"), "decode_node=b'node'"),
+    "decode_node: unsayable": (fetch(decode_node="\ud800"), "decode_node='.ud800'"),
     "deadline: nan": (fetch(deadline_s=math.nan), "deadline_s=nan"),
     "deadline: too long": (put(deadline_s=601), "deadline_s=601"),
     "deadline: endless": (fetch(deadline_s=math.inf), "deadline_s=inf"),
@@ -273,3 +286,18 @@ async def test_the_same_handle_may_be_awaited_by_many() -> None:
 
 async def _result(handle: Any) -> Any:
     return await handle
+
+
+@pytest.mark.asyncio
+async def test_many_lone_keys_of_many_layers_fit_the_requests_to_an_agent(tmp_path: Path) -> None:
+    draws = random.Random(1)
+    keys = [draws.randbytes(KEY_BYTES_MAX) for _ in range(1500)]
+    layers = (8,) * 80
+    async with (
+        serve(1, arena_bytes=16 * MIB) as nodes,
+        run_agents(nodes, 1, local=tmp_path, memory_bytes=16 * MIB) as (agent,),
+        connected(agent.local) as client,
+    ):
+        namespace = await open_pool(client, *layers)
+        await store_blocks(client, namespace, keys, chain=False)
+        assert (await fetch_blocks(client, namespace, keys, chain=False)).ok

@@ -145,7 +145,7 @@ class Shipment:
 
     def _stop(self) -> None:
         self._given_up = True
-        if self._exchange is not None:
+        if self._request_id:
             self._link.cancel_fetch(self._request_id)
         self._settle(None)
 
