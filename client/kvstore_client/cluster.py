@@ -421,8 +421,12 @@ class Cluster(Ways):
 
     @property
     def attached(self) -> bool:
-        """Whether the only endpoint is the agent of this node."""
-        return len(self._links) == 1 and self._links[0].is_agent
+        """Whether the only endpoint is the agent of this node, or a unix socket of which nobody
+        knows yet who listens there."""
+        if len(self._links) != 1:
+            return False
+        (link,) = self._links
+        return link.is_agent or (link.welcome is None and link.endpoint.scheme == "unix")
 
     @property
     def copied(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from kvstore_client.jobs import ANY_ROUTE
 from kvstore_client.selector import Plan, PlannedRun
 from tests.support.cluster import (
     BLOCK_BYTES,
+    LAYERS,
     Node,
     chain,
     chain_with_owners,
@@ -33,6 +35,7 @@ from tests.support.cluster import (
     until,
     uris,
 )
+from tests.support.engine import layout
 
 HIT, MISS = FetchOutcome.HIT, FetchOutcome.MISS
 DIRECT, RELAY = ServedBy.DIRECT, ServedBy.RELAY
@@ -335,3 +338,18 @@ async def test_an_estimate_begins_nothing() -> None:
             namespace, keys
         )
         assert node.counter("requests_fetch") == before
+
+
+@pytest.mark.asyncio
+async def test_an_engine_that_starts_before_its_agent_goes_round_it_never(tmp_path: Path) -> None:
+    keys = chain(4)
+    async with (
+        serve(1, name="peer", role=Role.AGENT) as (peer,),
+        connected(f"unix://{tmp_path}/none.sock") as client,
+    ):
+        async with connected([peer]) as writer:
+            await store_blocks(writer, await open_pool(writer), keys)
+        namespace = Namespace("pool", layout(*LAYERS))
+        result = await fetched(client, namespace, keys, peer=peer.uri)
+        assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 4
+        assert "none.sock" in str(result.errors[0])
