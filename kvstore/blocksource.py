@@ -25,6 +25,7 @@ from kvstore.messages import (
     ClaimReply,
     Fetch,
     FetchOutcome,
+    LookupReply,
     NamespaceInfo,
     Pool,
     PoolInfo,
@@ -136,6 +137,10 @@ class FetchStream(abc.ABC):
         """What went wrong at other nodes. Call when finished."""
         return ()
 
+    def plan(self) -> str:
+        """Why blocks came which way, for people. Call when finished."""
+        return ""
+
 
 class PutStream(abc.ABC):
     """One put being taken. Created by `BlockSource.put`; the server feeds it.
@@ -191,6 +196,13 @@ class PutStream(abc.ABC):
         return ()
 
 
+def lookup_reply(found: tuple[bytes, int] | LookupReply) -> LookupReply:
+    """What a source has found, as it travels."""
+    if isinstance(found, LookupReply):
+        return found
+    return LookupReply(bitmap=found[0], lease=found[1])
+
+
 class BlockSource(abc.ABC):
     """Answers lookup, fetch and put for keys.
 
@@ -229,7 +241,7 @@ class BlockSource(abc.ABC):
         lease_ms: int,
         owner: Asker,
         extents: Sequence[tuple[int, bytes]] = (),
-    ) -> Answer[tuple[bytes, int]]:
+    ) -> Answer[tuple[bytes, int] | LookupReply]:
         """Which keys are stored in all of `namespaces`?
 
         Args:
@@ -238,7 +250,8 @@ class BlockSource(abc.ABC):
             extents: Where they lie, as in `kvstore.messages.Lookup`.
 
         Returns:
-            Bitmap, least significant bit first, and the number of the lease (0: none).
+            Bitmap, least significant bit first, and the number of the lease (0: none); or the
+            whole reply, of who has more to say.
         """
 
     @abc.abstractmethod

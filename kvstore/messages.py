@@ -39,8 +39,7 @@ ENCODE_BUFFER_BYTES = 1024
 # Names that engines give their requests: a UUID and some words around it.
 REQUEST_NAME_MAX = 256
 NODE_ID_MAX = 256
-# A host name has at most 253 characters (RFC 1035), the path of a unix socket 107.
-ENDPOINT_MAX = 512
+ENDPOINT_MAX = 512  # a host name has 253 characters (RFC 1035), a path of a unix socket 107
 # What went wrong behind a server, told with the end of a request.
 REASONS_MAX = 8
 REASON_MAX = 300
@@ -57,9 +56,8 @@ Extents = Annotated[
     tuple[tuple[Annotated[int, Meta(ge=1, le=KEYS_PER_REQUEST_MAX)], Key], ...],
     Meta(max_length=KEYS_PER_REQUEST_MAX),
 ]
-Reasons = Annotated[
-    tuple[Annotated[str, Meta(max_length=REASON_MAX)], ...], Meta(max_length=REASONS_MAX)
-]
+Reason = Annotated[str, Meta(max_length=REASON_MAX)]
+Reasons = Annotated[tuple[Reason, ...], Meta(max_length=REASONS_MAX)]
 DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 RequestName = Annotated[str, Meta(min_length=1, max_length=REQUEST_NAME_MAX)]
@@ -263,10 +261,20 @@ class Lookup(Message, frozen=True, kw_only=True):
 
 
 class LookupReply(Message, frozen=True, kw_only=True):
-    """`bitmap` has a bit for each key, least significant first; `lease` 0 means none."""
+    """`bitmap` has a bit for each key, least significant first; `lease` 0 means none.
+
+    An agent says which daemons did not answer, and which ones said no and why.
+    """
 
     bitmap: bytes
     lease: int = 0
+    unreachable: Annotated[
+        tuple[Annotated[str, Meta(max_length=ENDPOINT_MAX)], ...], Meta(max_length=ARRAY_ITEMS_MAX)
+    ] = ()
+    refused: Annotated[
+        tuple[tuple[Annotated[str, Meta(max_length=ENDPOINT_MAX)], Reason], ...],
+        Meta(max_length=ARRAY_ITEMS_MAX),
+    ] = ()
 
 
 class Retain(Message, frozen=True, kw_only=True):
@@ -342,6 +350,7 @@ class Done(Message, frozen=True, kw_only=True):
         tiers: One `Tier` a key, as bytes.
         served_by: One `ServedBy` a key, as bytes: an agent says how it got each block.
         errors: What went wrong behind the server, for people.
+        plan: Why an agent took which way, for people.
         queued_us: From the arrival of the request until its first byte was sent.
         service_us: From then until the last.
         report: The server's load at this moment.
@@ -351,6 +360,7 @@ class Done(Message, frozen=True, kw_only=True):
     tiers: bytes = b""
     served_by: bytes = b""
     errors: Reasons = ()
+    plan: Annotated[str, Meta(max_length=ERROR_TEXT_MAX + 1)] = ""
     queued_us: Count = 0
     service_us: Count = 0
     report: LoadReport | None = None

@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from kvstore.blocksource import Answer, Asker, BlockSource, FetchStream, PutStream
+from kvstore.blocksource import (
+    Answer,
+    Asker,
+    BlockSource,
+    FetchStream,
+    PutStream,
+    lookup_reply,
+)
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import Endpoint
 from kvstore.errorcodes import exception_to_error
@@ -55,7 +62,6 @@ from kvstore.messages import (
     Limits,
     ListNamespaces,
     Lookup,
-    LookupReply,
     Message,
     NamespaceInfo,
     Namespaces,
@@ -243,6 +249,7 @@ class ServerConnection(ServerHooks):
             tiers=stream.tiers(),
             served_by=stream.served_by(),
             errors=reasons(stream.errors()),
+            plan=stream.plan(),
             queued_us=int(max(0.0, queued_s) * 1e6),
             service_us=int(max(0.0, service_s) * 1e6),
             report=self.server.report(),
@@ -288,15 +295,10 @@ class ServerConnection(ServerHooks):
                 f" their product is {probes}, the limit is {LOOKUP_PROBES_MAX}"
             )
         assert self.session is not None
-        answer = self.server.source.lookup(
+        answer: Any = self.server.source.lookup(
             message.namespaces, message.keys, message.lease_ms, self.session, message.extents
         )
-        self._answer(
-            FrameType.LOOKUP,
-            request_id,
-            answer,
-            lambda found: LookupReply(bitmap=found[0], lease=found[1]),
-        )
+        self._answer(FrameType.LOOKUP, request_id, answer, lookup_reply)
 
     def _fetch(self, request_id: int, message: Fetch) -> None:
         self.protocol.check_room(request_id)

@@ -38,7 +38,7 @@ from kvstore_client.cluster import Cluster, ClusterOptions
 from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Claimed, Lease, LookupResult
 from kvstore_client.jobs import Offer
 from kvstore_client.namespaces import Namespace
-from kvstore_client.relays import check_policy
+from kvstore_client.relays import check_policy, check_relays
 from kvstore_client.selector import Policy
 
 # How long an agent keeps blocks for an engine that has not claimed them yet: as long as two
@@ -109,7 +109,7 @@ class AsyncClient:
                 token=token,
                 copies=copies,
                 connect_timeout_s=connect_timeout_s,
-                relays=tuple(relays),
+                relays=tuple(check_relays(relays)),
                 policy=check_policy(policy),
                 seed=seed,
             ),
@@ -472,7 +472,7 @@ class AsyncClient:
             fetch_requests, fetch_blocks_hit, _miss, _corrupt, _timeout, _unavailable
             put_requests, put_blocks_stored, _exists, _conflict, _full, ...
             fetch_bytes_direct, _relay, _peer, _agent    payload that came, by path
-            put_bytes_direct                             payload that went
+            put_bytes_direct, _agent                     payload that went, by path
             blocks_moved       sent again another way, since the first was slow or silent
             lookup_requests, lookup_keys, lookup_hits
             corrupt_blocks     came damaged; those too of which another daemon had a good copy

@@ -25,6 +25,7 @@ from kvstore.errors import (
     ConfigError,
     Draining,
     KVStoreError,
+    LocalProtocolError,
     RefusedError,
     TransportError,
     Unsupported,
@@ -184,6 +185,7 @@ class Cluster(Ways):
         finally:
             for waiter in tries:
                 waiter.cancel()
+        self.relays.judge()
 
     async def close(self) -> None:
         """End everything under way; its outcome is UNAVAILABLE."""
@@ -375,8 +377,8 @@ class Cluster(Ways):
 
     async def _fetch(self, job: FetchJob) -> None:
         route = job.route
-        attached = self.attached
-        if route.peer and not attached:
+        asked = route.decode_node
+        if route.peer and not self.attached:
             await self._fetch_from_peer(job)
             return
         owners = block_owners(self._placement.extents(job.chain))
@@ -384,11 +386,15 @@ class Cluster(Ways):
         eager = choice and self._options.policy is Policy.BALANCED
         spread = Spread(self._loop, self, job, owners, chunked=choice, eager=eager)
         if not choice:
+            if route.retain is not None and not (self.attached or self._is_agent):
+                job.add_error(_nobody_retains(asked))
             spread.send(range(len(owners)))
         else:
             node_id = self.relays.node_id(route.decode_node) if route.decode_node else ""
             if node_id != route.decode_node:
                 job.route = route = route._replace(decode_node=node_id)
+            if not node_id and route.retain is not None and not self._is_agent:
+                job.add_error(_nobody_retains(asked))
             now = self._loop.time()
             plan = self.relays.plan(_spans(owners), job.span_bytes, route, now)
             job.plan, job.estimate_s = plan.reason, plan.estimate_s
@@ -418,6 +424,11 @@ class Cluster(Ways):
     def reachable(self) -> bool:
         """Whether any daemon can be asked now."""
         return any(link.usable for link in self._links)
+
+    @property
+    def _is_agent(self) -> bool:
+        """Whether this is an agent's own: it keeps what it loads for its peers itself."""
+        return self._options.role is Role.AGENT
 
     @property
     def attached(self) -> bool:
@@ -571,6 +582,15 @@ class Cluster(Ways):
 def closed_error() -> TransportError:
     """Why what was under way has ended when its client was closed."""
     return TransportError("the client was closed")
+
+
+def _nobody_retains(decode_node: str) -> LocalProtocolError:
+    if not decode_node:
+        return LocalProtocolError("retain_for: without decode_node nobody keeps the blocks")
+    return LocalProtocolError(
+        f"decode_node={decode_node!r} is none of our relays, or has never answered: nobody keeps"
+        " the blocks; it is the --node-id of the other node's agent, or its endpoint"
+    )
 
 
 def _no_agent(what: str) -> Unsupported:

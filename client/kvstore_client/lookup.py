@@ -59,6 +59,8 @@ class ClusterLookup:
         self._granted: list[tuple[PeerLink, Lease]] = []
         self._silent: set[int] = set()
         self._refused: dict[int, RefusedError] = {}
+        self._silent_behind: set[str] = set()
+        self._refused_behind: dict[str, RefusedError] = {}
 
     async def run(self, extents: Sequence[Extent]) -> LookupResult:
         """Ask the first owner of each block, and of what it has not the second.
@@ -88,10 +90,16 @@ class ClusterLookup:
             prefix=_run_length(self._hits),
             leases=[lease for _, lease in self._granted],
             leased=_run_length(self._held),
-            unreachable=[str(self._links[peer].endpoint) for peer in sorted(self._silent)],
+            unreachable=[
+                *(str(self._links[peer].endpoint) for peer in sorted(self._silent)),
+                *sorted(self._silent_behind),
+            ],
             refused={
-                str(self._links[peer].endpoint): error
-                for peer, error in sorted(self._refused.items())
+                **{
+                    str(self._links[peer].endpoint): error
+                    for peer, error in sorted(self._refused.items())
+                },
+                **self._refused_behind,
             },
         )
 
@@ -126,6 +134,10 @@ class ClusterLookup:
         if reply.lease:
             lease = Lease(str(link.endpoint), reply.lease, lease_ms / 1e3)
             self._granted.append((link, lease))
+        # Behind an agent: its daemons, by their own names.
+        self._silent_behind.update(reply.unreachable)
+        for name, text in reply.refused:
+            self._refused_behind.setdefault(name, RefusedError(text))
         held = reply.lease != 0  # the leading run of hits
         for position, index in enumerate(indices):
             if reply.bitmap[position >> 3] >> (position & 7) & 1:

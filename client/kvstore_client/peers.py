@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from kvstore.endpoint import parse_endpoint
-from kvstore.errors import LimitExceeded, TransportError
+from kvstore.errors import LimitExceeded, RefusedError, TransportError
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import LinkSetup, PeerLink
 from kvstore_client.namespaces import Namespace
@@ -62,6 +62,8 @@ class PeerLinks:
         await link.tried()
         if not link.up:
             raise TransportError(f"peer {name}: {link.last_error}")
+        if not link.is_agent:
+            raise RefusedError(f"peer {name} is no agent: what it serves comes from storage")
         # Not only whether somebody has asked for it: his question may be under way.
         if not link.answered(namespace):
             await link.open_namespace(namespace)

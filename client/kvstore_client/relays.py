@@ -50,6 +50,8 @@ def check_relays(relays: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: One is no endpoint, or is listed twice.
     """
+    if isinstance(relays, str):
+        raise ConfigError("relays", relays, "must be a list of endpoints")
     endpoints = [str(parse_endpoint(text, "relays")) for text in relays]
     for index, endpoint in enumerate(endpoints):
         if endpoint in endpoints[:index]:
@@ -112,6 +114,10 @@ class Relays:
             if str(link.endpoint) == name and link.peer in self._by_node:
                 return link.peer
         return ""
+
+    def judge(self) -> None:
+        """Say now which of those that have answered cannot relay, and not at the first fetch."""
+        self._name()
 
     def plan(self, spans: Sequence[Span], block_bytes: int, route: Route, now: float) -> Plan:
         """Which blocks go which way."""
@@ -181,6 +187,9 @@ class Relays:
             self._judged[link] = told
             if not link.is_agent:
                 logger.error("%s is no agent: it cannot relay", link.endpoint)
+                continue
+            if link.peer == self.inflight.node_id:
+                logger.error("%s is this node itself: it cannot relay", link.endpoint)
                 continue
             if link.peer in self._by_node:
                 logger.error(

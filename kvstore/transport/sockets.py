@@ -235,7 +235,8 @@ class SocketListener(Listener):
         try:
             sock = _bind(endpoint, marking)
         except (OSError, UnicodeError) as error:
-            raise TransportError(f"listen on {endpoint}: {error}") from error
+            hint = "; its directory must exist" if isinstance(error, FileNotFoundError) else ""
+            raise TransportError(f"listen on {endpoint}: {error}{hint}") from error
         self._sock = sock
         self._marking = marking if endpoint.scheme == "tcp" else None
         self._loop: asyncio.AbstractEventLoop | None = None

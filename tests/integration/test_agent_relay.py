@@ -329,6 +329,8 @@ async def test_an_engine_hears_why_from_behind_its_agent(tmp_path: Path) -> None
             result = await fetch_blocks(engine, namespace, chain(4, 100))
             assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 4
             assert any(node.uri in str(error) for error in result.errors), result.errors
+            found = await engine.lookup(namespace, keys)
+            assert (found.prefix, found.unreachable) == (0, [node.uri])
             await node.start()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvstore.blocksource import RelayLoad
+from kvstore.errors import ConfigError
 from kvstore.messages import FetchOutcome, Role, ServedBy
 from kvstore_client import AsyncClient, FetchResult, Namespace, spread
 from kvstore_client.breaker import FAILURES_MAX
@@ -353,3 +354,46 @@ async def test_an_engine_that_starts_before_its_agent_goes_round_it_never(tmp_pa
         result = await fetched(client, namespace, keys, peer=peer.uri)
         assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 4
         assert "none.sock" in str(result.errors[0])
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_is_no_peer() -> None:
+    keys = chain(4)
+    async with serve(2) as nodes, connected(nodes[:1]) as client:
+        namespace = await open_pool(client)
+        await store_blocks(client, namespace, keys)
+        result = await fetched(client, namespace, keys, peer=nodes[0].uri)
+        assert result.outcomes == [FetchOutcome.UNAVAILABLE] * 4
+        assert "is no agent" in str(result.errors[0])
+
+
+@pytest.mark.asyncio
+async def test_a_decode_node_that_keeps_nothing_is_told_of() -> None:
+    keys = chain(4)
+    async with two_paths(keys) as (client, namespace, _, _):
+        result = await fetched(client, namespace, keys, decode_node="typo", retain_for=("r", 0))
+        assert result.ok
+        assert ["'typo' is none of our relays" in str(error) for error in result.errors] == [True]
+        result = await fetched(client, namespace, keys, retain_for=("r", 0))
+        assert ["without decode_node" in str(error) for error in result.errors] == [True]
+        for name in ("relay-0", str(client.cluster.relays.links[0].endpoint)):
+            result = await fetched(client, namespace, keys, decode_node=name, retain_for=("r", 0))
+            assert not result.errors
+
+
+@pytest.mark.asyncio
+async def test_a_node_is_no_relay_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        serve(1) as nodes,
+        serve(1, name="client", role=Role.AGENT) as (agent,),
+        connected(nodes, relays=[agent.uri], node_id=agent.name) as client,
+    ):
+        await until(lambda: client.cluster.relays.links[0].up)
+        client.cluster.relays.judge()
+        assert not client.cluster.relays.inflight.relays
+        assert "is this node itself" in caplog.text
+
+
+def test_relays_are_a_list() -> None:
+    with pytest.raises(ConfigError, match="must be a list"):
+        AsyncClient("tcp://127.0.0.1:1", relays="tcp://127.0.0.1:2")

@@ -157,6 +157,8 @@ class Shipment:
         if exchange is None:
             return
         if isinstance(reply, Done):
+            if self._path.way is ServedBy.UNKNOWN:
+                job.plan = reply.plan
             for index, tier in zip(self.indices, reply.tiers, strict=False):
                 job.tiers[index] = tier
         self._attribute(reply)

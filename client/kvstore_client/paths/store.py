@@ -11,6 +11,7 @@ from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
+from kvstore_client.paths.direct import AgentPath
 from kvstore_client.paths.exchange import Exchange
 
 
@@ -52,7 +53,8 @@ class StorePath:
             checksums: Of all their layers, as a PUT announces them.
             on_outcome: Called once with the outcome of every block, unless the job ends first.
         """
-        exchange = Exchange(self._loop, self.name, link, job, indices)
+        name = AgentPath.name if link.is_agent else self.name
+        exchange = Exchange(self._loop, name, link, job, indices)
         done: asyncio.Future[None] = self._loop.create_future()
         idle: asyncio.Future[None] = self._loop.create_future()
         memory = [job.memory[index] for index in indices]
