@@ -55,6 +55,17 @@ class _Link:
         self.queued_bytes = queued_bytes
         self.sent_bytes = 0
 
+    def load(self, now: float, name: str) -> LinkLoad:
+        """As of the last sample."""
+        rate_Bps, capacity_Bps = self.rate.rate_Bps(now), self.capacity.capacity_Bps
+        return LinkLoad(
+            name=name,
+            # What is seen can be carried, also where the link is never busy for a whole window.
+            capacity_Bps=round(max(capacity_Bps, rate_Bps)) if capacity_Bps else 0,
+            sent_Bps=round(rate_Bps),
+            queued_bytes=self.queued_bytes,
+        )
+
 
 class _Subscribers:
     """Those who want a report at least every `interval_ms`."""
@@ -174,15 +185,7 @@ class LoadReporter:
             seq=self._seq,
             interval_ms=_INTERVAL_MS,
             state=server.state,
-            links=tuple(
-                LinkLoad(
-                    name=name,
-                    capacity_Bps=round(link.capacity.capacity_Bps),
-                    sent_Bps=round(link.rate.rate_Bps(now)),
-                    queued_bytes=link.queued_bytes,
-                )
-                for name, link in self._links.items()
-            )
+            links=tuple(link.load(now, name) for name, link in self._links.items())
             + server.source.links(),
             requesters=self._requesters.select(now),
             disk=server.source.disk_load(),

@@ -14,6 +14,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from kvstore_client.ctl.options import Common
 from kvstore_client.ctl.top import Top
 from kvstore_client.ctl.top_view import View
 from kvstore_client.ctl.watcher import Watcher
+from tests.support.agents import run_agents
 from tests.support.cluster import (
     chain,
     connected,
@@ -120,6 +122,30 @@ async def test_status_tells_what_nodes_have_counted() -> None:
         assert re.search(r"^node-0 +READY +daemon .*12KiB of 1MiB \(1%\) +1 +1 +tcp://", text, re.M)
         assert re.search(r"^fetch: HIT +3 +0$", text, re.M)
         assert re.search(r"^put: STORED +3 +0$", text, re.M)
+
+
+@pytest.mark.asyncio
+async def test_status_and_top_of_an_agent_tell_what_it_carries(tmp_path: Path) -> None:
+    async with serve() as nodes, run_agents(nodes, local=tmp_path) as (agent,):
+        keys = chain(3)
+        async with connected(nodes) as client, connected(agent.local) as engine:
+            await store_blocks(client, await open_pool(client), keys)
+            result = await fetch_blocks(engine, await open_pool(engine), keys)
+            assert result.ok
+        await agent.left_alone()
+        ended, text = await run(status, common(agent.uri))
+        assert ended == 0
+        assert re.search(r"^agent-0 +READY +agent .*pool: 4MiB of 4MiB reclaimable", text, re.M)
+        assert re.search(r"^own loads: blocks +3$", text, re.M)
+        assert re.search(r"^own loads: bytes +12KiB$", text, re.M)
+        assert re.search(r"^brought in: bytes direct +12KiB$", text, re.M)
+        assert re.search(r"^relayed: requests +0$", text, re.M)
+        assert re.search(r"^agent-0 +3 +0 +0 +0B +pool: .* 0$", text, re.M)
+        assert "arena" not in text
+        assert "lookup: keys" not in text
+        ended, text = await run(top, common(agent.uri), count="1")
+        assert ended == 0
+        assert re.search(r"^agent-0 +READY .* pool: 4MiB of 4MiB reclaimable +tcp://", text, re.M)
 
 
 @pytest.mark.asyncio
@@ -472,7 +498,9 @@ def test_kvctl_against_a_daemon() -> None:
         endpoint = ("--endpoint", kvstored.uri)
         done = kvctl(*endpoint, "status")
         assert (done.returncode, done.stderr) == (0, "")
-        assert re.search(r"^store-1 +READY +daemon +\S+ +\S+ +0B of 16MiB", done.stdout, re.M)
+        assert re.search(
+            r"^store-1 +READY +daemon +\S+ +\S+ +arena: 0B of 16MiB", done.stdout, re.M
+        )
         done = kvctl(*endpoint, "ping", "--count", "2", "--interval", "0.01")
         assert (done.returncode, done.stderr) == (0, "")
         assert "2 pings, 0 without an answer" in done.stdout

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvstore.loadreport import (
@@ -23,6 +24,7 @@ from kvstore_client.ctl import panels, status, top
 from kvstore_client.ctl.documents import as_line, as_text, document, live_of, status_of
 from kvstore_client.ctl.panels import QUEUES_SHOWN_MAX, Node
 from kvstore_client.ctl.top_view import ORDERS, View, fit
+from kvstore_client.selector import STORAGE_LINK
 
 MIB = 1024 * 1024
 
@@ -62,6 +64,13 @@ def node(number: int = 0, counters: dict[str, int] | None = None, **fields: Any)
     )
 
 
+def agent(counters: dict[str, int] | None = None, **fields: Any) -> Node:
+    made = node(5, counters, **fields)
+    assert made.status is not None
+    said = msgspec.structs.replace(made.status, role=Role.AGENT)
+    return msgspec.structs.replace(made, role=Role.AGENT, status=said)
+
+
 DOWN = Node(endpoint="tcp://127.0.0.1:1", error="connect to tcp://127.0.0.1:1: refused")
 
 
@@ -83,7 +92,7 @@ def test_nodes_stand_side_by_side_and_those_that_are_down_say_why() -> None:
     assert cell(lines, "node-0", "STATE") == "READY"
     assert cell(lines, "node-0", "ROLE") == "daemon"
     assert cell(lines, "node-0", "UP") == "1m 30s"
-    assert cell(lines, "node-0", "ARENA") == "1MiB of 4MiB (25%)"
+    assert cell(lines, "node-0", "MEMORY") == "arena: 1MiB of 4MiB (25%)"
     assert cell(lines, "node-0", "CONNECTIONS") == "4"
     assert cell(lines, "node-0", "SESSIONS") == "2"
     assert cell(lines, DOWN.endpoint, "STATE") == "down"
@@ -115,7 +124,14 @@ def test_the_longest_queues_come_first_and_the_others_are_counted() -> None:
 
 def test_nothing_to_tell_has_no_heading() -> None:
     quiet = [node(links=())]
-    for panel in (panels.links, panels.queues, panels.disks, panels.relays, panels.errors):
+    for panel in (
+        panels.links,
+        panels.queues,
+        panels.disks,
+        panels.relays,
+        panels.pools,
+        panels.errors,
+    ):
         assert panel(quiet) == []
 
 
@@ -132,13 +148,8 @@ def test_disks_and_relays_are_told_of_where_there_are_some() -> None:
     assert panels.disks([node(disk=load)])[1].split() == [
         *("node-0", "2MiB/s", "1MiB", "0.50ms", "9.00ms")
     ]
-    agent = Node(
-        endpoint="e",
-        node_id="decode-1",
-        role=Role.AGENT,
-        report=report(relay_queued_bytes=MIB, willing=True),
-    )
-    assert panels.relays([node(), agent])[1:] == ["decode-1          1MiB  yes"]
+    relay = agent(relay_queued_bytes=MIB, willing=True)
+    assert panels.relays([node(), relay])[1:] == ["node-5          1MiB  yes"]
 
 
 def test_counters_that_matter_stand_side_by_side() -> None:
@@ -173,6 +184,80 @@ def test_counters_that_matter_stand_side_by_side() -> None:
         assert f"put: {put.name}" in table
 
 
+def test_an_agent_has_rows_of_its_own() -> None:
+    counted = {
+        "relay_requests": 1,
+        "relay_blocks": 2,
+        "relay_bytes_out": 3 * MIB,
+        "relay_refused_busy": 4,
+        "own_bytes": 5 * MIB,
+        "storage_fetch_bytes_direct": 6 * MIB,
+        "storage_fetch_bytes_relay": 7 * MIB,
+        "relay_joined": 8,
+        "relay_no_room": 9,
+        "peer_requests": 10,
+        "peer_bytes_out": 11 * MIB,
+        "claims": 12,
+        "claims_missed": 13,
+        "retentions_expired": 14,
+        "fetch_blocks_hit": 15,
+        "requests_refused_busy": 16,
+    }
+    lines = panels.counters([node(0), agent(counted), node(1)])
+    ends = lines.index("")
+    assert re.split(r" {2,}", lines[0])[1:] == ["node-0", "node-1"]
+    table = {
+        fields[0]: fields[1:] for fields in (re.split(r" {2,}", line) for line in lines[ends + 1 :])
+    }
+    assert table["SINCE THE START"] == ["node-5"]
+    assert table["relayed: requests"] == ["1"]
+    assert table["relayed: blocks"] == ["2"]
+    assert table["relayed: bytes out"] == ["3MiB"]
+    assert table["relayed: refused, busy"] == ["4"]
+    assert table["own loads: bytes"] == ["5MiB"]
+    assert table["brought in: bytes direct"] == ["6MiB"]
+    assert table["brought in: bytes by relays"] == ["7MiB"]
+    assert table["joined: blocks that were coming"] == ["8"]
+    assert table["no room: blocks"] == ["9"]
+    assert table["peers: requests"] == ["10"]
+    assert table["peers: bytes out"] == ["11MiB"]
+    assert table["kept for engines: claims"] == ["12"]
+    assert table["kept for engines: claims missed"] == ["13"]
+    assert table["kept for engines: expired"] == ["14"]
+    assert table["fetch: HIT"] == ["15"]
+    assert table["refused: busy"] == ["16"]
+    assert table["peers: blocks"] == ["0"]
+    assert "lookup: keys" not in table
+    assert "fetch: bytes" not in table
+
+
+def test_the_pool_of_an_agent_is_no_arena() -> None:
+    counted = {
+        "held_blocks": 44,
+        "pinned_blocks": 3,
+        "retained_blocks": 2,
+        "leased_bytes": MIB,
+        "fills_under_way": 1,
+    }
+    lines = panels.pools([node(0), agent(counted), DOWN])
+    assert [re.split(r" {2,}", line) for line in lines] == [
+        ["NODE", "HELD", "PINNED", "KEPT", "LEASED", "MEMORY", "FILLS"],
+        ["node-5", "44", "3", "2", "1MiB", "pool: 3MiB of 4MiB reclaimable", "1"],
+    ]
+    assert panels.pools([node(0), DOWN]) == []
+    for panel in (panels.status_nodes, panels.live_nodes):
+        shown = panel([node(0), agent()])
+        assert cell(shown, "node-0", "MEMORY").startswith("arena: ")
+        assert cell(shown, "node-5", "MEMORY") == "pool: 3MiB of 4MiB reclaimable"
+
+
+def test_what_comes_to_an_agent_is_not_what_it_sends() -> None:
+    storage = LinkLoad(name=STORAGE_LINK, sent_Bps=9 * MIB, queued_bytes=8 * MIB, capacity_Bps=1)
+    carries = agent(links=(*link(2 * MIB, 3 * MIB), storage))
+    assert (carries.sent_Bps, carries.queued_bytes) == (2 * MIB, 3 * MIB)
+    assert len(panels.links([carries])) == 3
+
+
 def test_counters_of_many_nodes_go_on_below_where_the_screen_ends() -> None:
     nodes = [node(number) for number in range(9)]
     lines = panels.counters(nodes, columns=80)
@@ -194,7 +279,7 @@ def test_orders_of_nodes() -> None:
         "name": queued,
         "queue": queued,
         "sent": busy,
-        "arena": busy,
+        "memory": busy,
         "age": DOWN,
     }
     for order in ORDERS:

@@ -207,10 +207,28 @@ def test_capacity_is_what_a_busy_link_has_shown(server: Server) -> None:
         server.loop.advance(0.2)
         connection.unsampled_bytes += 20_000_000
         idle.unsampled_bytes += 20_000_000
-    server.loop.advance(0.2)
+    connection.queued_bytes = 0
+    server.loop.advance(1.0)  # the rate fades, and what the link has shown stays
     busy, other = server.reporter.make().links
     assert busy.capacity_Bps == pytest.approx(100e6, rel=0.05)
     assert other.capacity_Bps == 0, "a link that never had to wait has shown nothing"
+
+
+def test_no_capacity_is_below_the_rate_that_is_seen(server: Server) -> None:
+    connection = Connection(server)
+    connection.queued_bytes = 1
+    for _ in range(3):
+        server.loop.advance(0.2)
+        connection.unsampled_bytes += 1_000_000
+        server.reporter.make()
+    connection.queued_bytes = 0  # from now on bytes go at once, as fast as they come
+    for _ in range(20):
+        server.loop.advance(0.2)
+        connection.unsampled_bytes += 20_000_000
+        server.reporter.make()
+    (link, _) = server.reporter.make().links
+    assert link.sent_Bps == pytest.approx(100e6, rel=0.15)
+    assert link.capacity_Bps == link.sent_Bps
 
 
 def test_numbers_grow_by_one_a_report(server: Server) -> None:

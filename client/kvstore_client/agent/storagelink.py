@@ -54,10 +54,12 @@ class StorageLink:
         # Bytes that were awaited at both ends of the time are taken to have been throughout.
         self._capacity.add(elapsed_s, came_bytes, self._busy and busy)
         self._busy = busy
+        rate_Bps, capacity_Bps = self._rate.rate_Bps(now), self._capacity.capacity_Bps
         return LinkLoad(
             name=STORAGE_LINK,
-            capacity_Bps=round(self._capacity.capacity_Bps),
-            sent_Bps=round(self._rate.rate_Bps(now)),
+            # What is seen can be carried, also where the link is never busy for a whole window.
+            capacity_Bps=round(max(capacity_Bps, rate_Bps)) if capacity_Bps else 0,
+            sent_Bps=round(rate_Bps),
             queued_bytes=meter.inflight_bytes,
         )
 

@@ -8,7 +8,7 @@
         ├──▶ ping   ─┼─▶ connection ──▶ a control connection to one node
         └──▶ top    ─┘
                │
-               └──▶ panels, tables, documents     what is shown: pure
+               └──▶ panels, counter_rows, tables, documents     what is shown: pure
 
 A new command is a module with `add_parser`; `__main__` lists it.
 """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from kvstore.loadreport import DiskLoad, Freshness, LinkLoad, LoadReport, RequesterLoad
-from kvstore.messages import FetchOutcome, PutOutcome, Role, Status
+from kvstore.messages import Role, Status
 from kvstore.units import format_size_bytes
+from kvstore_client.ctl.counter_rows import CounterRow, agent_rows, daemon_rows
 from kvstore_client.ctl.tables import (
     bar,
     format_age,
@@ -20,11 +21,15 @@ from kvstore_client.ctl.tables import (
     table,
     width,
 )
+from kvstore_client.selector import STORAGE_LINK
 
 # Columns of the bar in the table of links: a step is 5 %.
 BAR_COLUMNS = 20
 # Who waits longest is what matters; --json has them all.
 QUEUES_SHOWN_MAX = 20
+
+# The rows of a table of counters, from the counters of all its nodes.
+RowsOf = Callable[[Sequence[Mapping[str, int]]], Iterator[CounterRow]]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,13 +71,19 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sent_Bps(self) -> int:
-        """Payload that all its links send."""
-        return sum(link.sent_Bps for link in self.report.links) if self.report else 0
+        """Payload that it sends to others."""
+        return sum(link.sent_Bps for link in self._outgoing)
 
     @property
     def queued_bytes(self) -> int:
-        """Payload that waits at all its links."""
-        return sum(link.queued_bytes for link in self.report.links) if self.report else 0
+        """Payload that others wait for."""
+        return sum(link.queued_bytes for link in self._outgoing)
+
+    @property
+    def _outgoing(self) -> list[LinkLoad]:
+        """Its links without that to storage, by which an agent gets what it sends later."""
+        links = self.report.links if self.report else ()
+        return [link for link in links if link.name != STORAGE_LINK]
 
     @property
     def used_bytes(self) -> int:
@@ -115,7 +126,7 @@ def status_nodes(nodes: Sequence[Node]) -> Section:
                 node.endpoint,
             ]
         )
-    header = ["NODE", "STATE", "ROLE", "VERSION", "UP", "ARENA", "CONNECTIONS", "SESSIONS"]
+    header = ["NODE", "STATE", "ROLE", "VERSION", "UP", "MEMORY", "CONNECTIONS", "SESSIONS"]
     return table([*header, "ENDPOINT"], rows, right=("UP", "CONNECTIONS", "SESSIONS"))
 
 
@@ -135,7 +146,7 @@ def live_nodes(nodes: Sequence[Node]) -> Section:
         ]
         for node in nodes
     ]
-    header = ["NODE", "STATE", "AGE", "REPORT", "SENT", "QUEUED", "REQUESTS", "ARENA", "ENDPOINT"]
+    header = ["NODE", "STATE", "AGE", "REPORT", "SENT", "QUEUED", "REQUESTS", "MEMORY", "ENDPOINT"]
     return table(header, rows, right=("AGE", "SENT", "QUEUED", "REQUESTS"))
 
 
@@ -146,8 +157,8 @@ def links(nodes: Sequence[Node]) -> Section:
         for node, report in _reports(nodes)
         for link in report.links
     ]
-    header = ["NODE", "LINK", "LOAD", "SENT", "CAPACITY", "QUEUED"]
-    return table(header, rows, right=("SENT", "CAPACITY", "QUEUED")) if rows else []
+    header = ["NODE", "LINK", "LOAD", "RATE", "CAPACITY", "QUEUED"]
+    return table(header, rows, right=("RATE", "CAPACITY", "QUEUED")) if rows else []
 
 
 def _load(link: LinkLoad) -> tuple[str, str, str]:
@@ -216,80 +227,73 @@ def relays(nodes: Sequence[Node]) -> Section:
     return table(["NODE", "RELAY-QUEUED", "WILLING"], rows, right=("RELAY-QUEUED",)) if rows else []
 
 
+def pools(nodes: Sequence[Node]) -> Section:
+    """A row an agent: what its memory holds at this moment, and for whom."""
+    rows = []
+    for node, _ in _reports(nodes):
+        if node.status is None or node.role is not Role.AGENT:
+            continue
+        count = node.status.counters.get
+        rows.append(
+            [
+                node.name,
+                str(count("held_blocks", 0)),
+                str(count("pinned_blocks", 0)),
+                str(count("retained_blocks", 0)),
+                format_size_bytes(count("leased_bytes", 0)),
+                _memory(node),
+                str(count("fills_under_way", 0)),
+            ]
+        )
+    header = ["NODE", "HELD", "PINNED", "KEPT", "LEASED", "MEMORY", "FILLS"]
+    right = ("HELD", "PINNED", "KEPT", "LEASED", "FILLS")
+    return table(header, rows, right=right) if rows else []
+
+
 def counters(nodes: Sequence[Node], columns: int | None = None) -> Section:
-    """What nodes have counted since they started, side by side.
+    """What nodes have counted since they started, side by side: daemons, then agents.
 
     Args:
         columns: Width of the screen: further nodes go below; None for no end.
     """
     answered = [node for node in nodes if node.status]
+    agents = [node for node in answered if node.role is Role.AGENT]
+    daemons = [node for node in answered if node.role is not Role.AGENT]
     lines: Section = []
-    while answered:
-        count = len(answered) if columns is None else _nodes_that_fit(answered, columns)
-        shown, answered = answered[:count], answered[count:]
-        lines += ([""] if lines else []) + _counters(shown)
+    for alike, rows in ((daemons, daemon_rows), (agents, agent_rows)):
+        while alike:
+            count = len(alike) if columns is None else _nodes_that_fit(alike, columns, rows)
+            shown, alike = alike[:count], alike[count:]
+            lines += ([""] if lines else []) + _counters(shown, rows)
     return lines
 
 
-def _nodes_that_fit(nodes: Sequence[Node], columns: int) -> int:
+def _nodes_that_fit(nodes: Sequence[Node], columns: int, rows: RowsOf) -> int:
     for count in range(len(nodes), 1, -1):
-        if max(map(width, _counters(nodes[:count]))) <= columns:
+        if max(map(width, _counters(nodes[:count], rows))) <= columns:
             return count
     return 1
 
 
-def _counters(nodes: Sequence[Node]) -> Section:
+def _counters(nodes: Sequence[Node], rows: RowsOf) -> Section:
     every = [node.status.counters for node in nodes if node.status]
-    rows = [
-        [label, *(show(found.get(name, 0)) for found in every)]
-        for label, name, show in _counter_rows(every)
+    cells = [
+        [row.label, *(row.show(found.get(row.name, 0)) for found in every)] for row in rows(every)
     ]
     names = [node.name for node in nodes]
-    return table(["SINCE THE START", *names], rows, right=names)
-
-
-def _counter_rows(
-    every: Sequence[dict[str, int]],
-) -> Iterator[tuple[str, str, Callable[[int], str]]]:
-    """Label, name and format of the counters that matter."""
-    yield "lookup: keys", "lookup_keys", str
-    yield "lookup: hits", "lookup_hits", str
-    for fetched in FetchOutcome:
-        yield f"fetch: {fetched.name}", f"fetch_blocks_{fetched.name.lower()}", str
-    yield "fetch: bytes", "fetch_bytes", format_size_bytes
-    for put in PutOutcome:
-        yield f"put: {put.name}", f"put_blocks_{put.name.lower()}", str
-    yield "put: bytes", "put_bytes", format_size_bytes
-    yield "evicted: all", "blocks_evicted", str
-    yield from _causes(every, "evicted", "blocks_evicted_")
-    yield "deleted blocks", "blocks_deleted", str
-    yield "checksum failures: readers' reports", "requests_corrupt_report", str
-    yield "checksum failures: stored copies", "blocks_corrupt", str
-    yield "checksum failures: arriving puts", "put_corrupt", str
-    yield "refused: requests", "requests_refused", str
-    yield from _causes(every, "refused", "requests_refused_")
-    yield "refused: leases", "leases_refused", str
-    yield "refused: connections", "connections_refused", str
-    yield "requests past their deadline", "requests_timed_out", str
-    yield "requests whose client has gone", "requests_abandoned", str
-    yield "connections that stalled", "connections_stalled", str
-    yield "connections that broke", "connections_broken", str
-
-
-def _causes(
-    every: Sequence[dict[str, int]], label: str, prefix: str
-) -> Iterator[tuple[str, str, Callable[[int], str]]]:
-    """Counters that split another one; nodes name the causes."""
-    names = {name for found in every for name in found if name.startswith(prefix)}
-    for name in sorted(names):
-        yield f"{label}: {name.removeprefix(prefix)}", name, str
+    return table(["SINCE THE START", *names], cells, right=names)
 
 
 def _memory(node: Node) -> str:
-    if not node.total_bytes:
+    """How full it is. What an agent holds goes when others need the room, as far as nobody uses
+    it: it is no more than a cache of what storage has."""
+    if not node.report or not node.total_bytes:
         return "-"
-    used, total = node.used_bytes, node.total_bytes
-    return f"{format_size_bytes(used)} of {format_size_bytes(total)} ({format_share(used, total)})"
+    total = format_size_bytes(node.total_bytes)
+    if node.role is Role.AGENT:
+        return f"pool: {format_size_bytes(node.report.buffers.free_bytes)} of {total} reclaimable"
+    share = format_share(node.used_bytes, node.total_bytes)
+    return f"arena: {format_size_bytes(node.used_bytes)} of {total} ({share})"
 
 
 def _reports(nodes: Sequence[Node]) -> Iterator[tuple[Node, LoadReport]]:

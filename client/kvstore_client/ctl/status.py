@@ -33,13 +33,23 @@ Queues, rates and memory are those of the moment; counters run since the node ha
 connection of kvctl is among those that a node counts. Where others are connected, kvctl listens
 for {LISTEN_S:g} s, in which a node names all queues.
 
-Rates and capacities are of payload sent. A capacity is the highest rate that the link has shown
-while it was busy; it is unknown until then. "evicted" has a line a cause: pool (its quota),
-arena (room for other blocks), window (room in one piece for a large block).
+Rates and capacities are of payload sent; at the link "storage" of an agent, of what comes from
+the daemons. A capacity is the highest rate that the link has shown while it was busy, or what it
+shows now if that is more; it is unknown until it was busy.
+
+Of a daemon, MEMORY says how much of the arena is in use, and "evicted" has a line a cause: pool
+(its quota), arena (room for other blocks), window (room in one piece for a large block).
+
+An agent has counters of its own: what it relayed for other nodes, loaded for engines of its
+own, gave to peers that pulled, and kept for engines. "brought in" is what came over the network
+into its pool, for whomever; "direct" includes what it relays. HELD are the blocks in its pool,
+PINNED those in use now, KEPT those that are kept for engines and peers, and LEASED the bytes of
+these; "reclaimable" is free, or can be as soon as there is need.
 
 examples:
   kvctl status
   kvctl --endpoint tcp://10.0.0.7:7450 --endpoint tcp://10.0.0.8:7450 status
+  kvctl --endpoint unix:///run/kvagent/agent.sock status
   kvctl status --json | jq -r '.nodes[] | select(.error) | .endpoint'
 
 --json: format, time (seconds since 1970), and nodes [endpoint, error, node_id, version, role,
@@ -88,6 +98,7 @@ def as_tables(nodes: Sequence[Node], columns: int | None) -> str:
         panels.queues(nodes),
         panels.disks(nodes),
         panels.relays(nodes),
+        panels.pools(nodes),
         panels.counters(nodes, columns),
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"

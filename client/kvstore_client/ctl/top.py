@@ -33,7 +33,10 @@ it is back.
 
 AGE is the time since the newest load report arrived. REPORT says how far it may be believed:
 fresh (up to 400 ms), widen (up to 1 s: somewhat old), stale. LOAD is what a link sends, as a
-share of its capacity: the highest rate that it has shown while it was busy.
+share of its capacity: the highest rate that it has shown while it was busy. The link "storage"
+of an agent is how blocks come to it, and is not part of SENT and QUEUED. MEMORY is what a
+daemon's arena has in use, and what of an agent's pool is free or can be. Counters are in
+`kvctl status`.
 
 examples:
   kvctl top

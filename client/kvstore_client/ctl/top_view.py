@@ -16,7 +16,7 @@ ORDERS: dict[str, Callable[[Node], tuple[float, str]]] = {
     "name": lambda node: (0.0, node.name),
     "queue": lambda node: (-node.queued_bytes, node.name),
     "sent": lambda node: (-node.sent_Bps, node.name),
-    "arena": lambda node: (-node.used_bytes / max(1, node.total_bytes), node.name),
+    "memory": lambda node: (-node.used_bytes / max(1, node.total_bytes), node.name),
     "age": lambda node: (-node.age_s, node.name),
 }
 
