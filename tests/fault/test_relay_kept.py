@@ -20,6 +20,7 @@ import pytest
 
 from kvstore.blocksource import RelayLoad
 from kvstore.errors import Busy, PermissionDenied
+from kvstore.loadreport import ReportTable
 from kvstore.messages import (
     Error,
     ErrorCode,
@@ -432,6 +433,8 @@ async def test_two_agents_that_relay_for_each_other_wait_for_nobody(
     # Nothing is taken back: a deadlock would last until the deadline.
     monkeypatch.setattr(spread, "SILENT_S", 3600)
     monkeypatch.setattr(spread, "STALLED_S", 3600)
+    # Nor is a relay passed over because the loop was busy since its last report.
+    monkeypatch.setattr(ReportTable, "age", lambda table, now, node_id: 0.0)
     keys = chain(800)
     options = {"local": tmp_path, "memory_bytes": memory_bytes, "policy": "round_robin"}
     async with (

@@ -582,10 +582,13 @@ def test_an_offer_of_what_is_coming_leaves_it_to_come(bed: Bed) -> None:
     stream = bed.offer(1)
     assert stream.reserve(MANY_BYTES) == [0]
     receive(stream, (1,), 0)
-    assert outcomes(stream) == [EXISTS]
-    assert (block.ready, block.coming, block.leases) == (0, 0b11, 1)
+    assert (block.ready, block.coming, stream.finished) == (0, 0b11, False)
     block.learn(0, sums(1))
     assert outcomes_of(bed.offer(1, version=1)) == [CONFLICT], "it is known what comes"
+    assert bed.told == 0
+    block.arrived(0, 2)
+    assert (outcomes(stream), block.leases, bed.told) == ([EXISTS], 1, 1)
+    assert not block.watchers
     bed.check(pinned=1)
 
 

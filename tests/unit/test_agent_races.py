@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from kvstore.checksum import block_seed, layer_checksums
 from kvstore.messages import FetchOutcome, FetchSource, PutOutcome, ServedBy
+from kvstore.transfer import PENDING
 from kvstore_client.agent.memory import HeldBlock
 from kvstore_client.agent.puts import OfferPut
 from kvstore_client.agent.retention import Retentions
@@ -87,6 +89,101 @@ async def test_a_block_that_was_deleted_while_it_was_offered_comes_from_storage(
     job.deliver()
     job.end()
     assert reader.end() == [bench.expected(1)]
+    bench.check_idle()
+
+
+def offer(bench: FillBench, number: int, retentions: Retentions, layers: range) -> OfferPut:
+    """An offer of layers of a block, all of which have been received."""
+    offsets = bench.namespace.geometry.offsets
+    data = bench.expected(number)
+    parts = [data[offsets[layer] : offsets[layer + 1]] for layer in layers]
+    seed = block_seed(bench.namespace.id, key(number))
+    put = OfferPut(
+        bench.pool,
+        retentions,
+        bench.namespace,
+        [key(number)],
+        layers,
+        layer_checksums(parts, seed, layers.start),
+        bench.loop.time,
+        10.0,
+        True,
+        bench.counters,
+    )
+    put.on_decided = bench._on_ready
+    assert put.reserve(bench.block_bytes) == [0]
+    target = put.target(0)
+    assert target is not None
+    target[:] = b"".join(parts)
+    put.received(0)
+    return put
+
+
+@pytest.mark.parametrize("delivered", [0, 1, 3])
+async def test_an_offer_is_here_whatever_becomes_of_the_fill_that_came_before(
+    delivered: int,
+) -> None:
+    bench = FillBench()
+    retentions = Retentions(bench.pool)
+    reader = bench.fetch(1)
+    put = offer(bench, 1, retentions, range(3))
+    assert not put.finished, "it depends on others whether the block is here"
+    told = bench.ready_count
+    (job,) = bench.jobs
+    if delivered:
+        job.deliver(layers=(0, delivered))
+    job.end()
+    assert put.finished
+    assert bench.ready_count > told
+    outcome = PutOutcome.EXISTS if delivered == 3 else PutOutcome.STORED
+    assert put.outcomes() == bytes([outcome])
+    block = bench.pool.find(bench.namespace.id, key(1))
+    assert block is not None
+    assert block.complete
+    assert block.leases == 1
+    assert bytes(block.view) == bench.expected(1)
+    if delivered == 3:
+        assert reader.end() == [bench.expected(1)]
+    reader.stream.stop(TIMEOUT)
+    await turns()
+    retentions.expire(bench.loop.time() + 60.0)
+    bench.check_idle()
+
+
+async def test_an_offer_that_is_given_up_while_it_waits_for_a_fill_keeps_nothing() -> None:
+    bench = FillBench()
+    retentions = Retentions(bench.pool)
+    reader = bench.fetch(1)
+    put = offer(bench, 1, retentions, range(3))
+    put.stop(PutOutcome.TIMEOUT)
+    assert put.outcomes() == bytes([PutOutcome.TIMEOUT])
+    bench.jobs[0].deliver()
+    bench.jobs[0].end()
+    assert reader.end() == [bench.expected(1)]
+    assert retentions.block_count == 0
+    bench.check_idle()
+
+
+async def test_a_key_that_is_offered_twice_is_decided_once_each_when_that_is_given_up() -> None:
+    bench = FillBench()
+    put = OfferPut(
+        bench.pool,
+        Retentions(bench.pool),
+        bench.namespace,
+        [key(1), key(1)],
+        range(3),
+        bytes(2 * 3 * 8),
+        bench.loop.time,
+        10.0,
+        False,
+        bench.counters,
+    )
+    assert put.reserve(2 * bench.block_bytes) == [0, 1]
+    put.received(1)  # waits for what is to come for the other
+    assert put.outcomes() == bytes([PENDING, PENDING])
+    put.stop(PutOutcome.TIMEOUT)
+    assert put.finished
+    assert put.outcomes() == bytes([PutOutcome.TIMEOUT] * 2)
     bench.check_idle()
 
 

@@ -149,6 +149,8 @@ class Fill:
             size_bytes = self._offsets[layer_last] - self._offsets[layer_first]
         self.left_bytes -= size_bytes
         block.ready |= mask
+        if self.verified:
+            block.verified |= mask
         block.coming &= ~mask
         for tell in (*block.watchers.values(),):
             tell(block)

@@ -5,29 +5,31 @@ What of them is given out, and how, is for `kvstore_client.agent.streams` to say
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 
-from kvstore.blocksource import FetchStream
 from kvstore.errors import LimitExceeded
 from kvstore.layout import PieceMap
 from kvstore.messages import REASONS_MAX, FetchOutcome, ServedBy, Tier
 from kvstore_client.agent.fills import Fill, FillKind, Fills
+from kvstore_client.agent.holding import BlockHolding
 from kvstore_client.agent.memory import HeldBlock, layer_mask
 from kvstore_client.agent.rooms import WatchedPool
-from kvstore_client.agent.terms import SOURCES, FetchTerms
+from kvstore_client.agent.terms import FetchTerms
 from kvstore_client.jobs import Route
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import PlacedKeys, block_heads, extents_of
 
-# No fetch takes more of the pool, so that it always holds those of some.
-POOL_SHARE_MAX = 4
 # For blocks of another fetch to go. Longer than a usual frame takes; and who asked can still
 # go another way within the time that a request has.
 ROOM_WAIT_S = 0.1
 # Others have failed to bring a block, or it was dropped: how often it is asked for.
 TRIES_MAX = 3
+# Blocks that are taken up, or asked for again, in one turn of the loop: about 2 ms.
+BLOCKS_PER_TURN_MAX = 256
+# What is hashed in one turn of the loop of blocks that nobody has verified: 120 us.
+CHECKED_BYTES_PER_TURN_MAX = 4 * 1024 * 1024
 
 PENDING = 0xFF
 
@@ -36,7 +38,7 @@ def nothing() -> None:
     """Called where there is nothing to do."""
 
 
-class BlockIntake(FetchStream):
+class BlockIntake(BlockHolding):
     """What a fetch takes up of a pool that is filled meanwhile.
 
     Args:
@@ -58,48 +60,30 @@ class BlockIntake(FetchStream):
         terms: FetchTerms,
         counters: Counter[str],
     ) -> None:
+        keys = chain.wanted
+        super().__init__(pool, pieces, terms, len(keys))
         self.on_ready = nothing
-        self._pool = pool
         self._fills = fills
         self._namespace = namespace
-        self._keys = keys = chain.wanted
+        self._keys = keys
         self._heads = block_heads(chain)
-        self._pieces = pieces
-        self._terms = terms
-        self._source = source = SOURCES[terms.source]
-        self._counters = counters
         count = len(keys)
-        offsets = pieces.geometry.offsets
-        self._until = offsets[pieces.layer_last]
-        self._block_bytes = pieces.geometry.block_bytes
-        self._window_bytes = max(
-            2 * self._block_bytes, min(source.window_bytes, pool.total_bytes // POOL_SHARE_MAX)
-        )
-        self._mask = layer_mask(pieces.layer_first, pieces.layer_last)
-        self._group_masks = [layer_mask(first, last) for first, last, _, _ in pieces.group_ranges]
+        self._counters = counters
+        self._until = pieces.geometry.offsets[pieces.layer_last]
         self._outcomes = bytearray([PENDING]) * count
         self._tiers = bytearray(count)
         self._ways = bytearray(count)
         self._left_count = count
         self._queued_bytes = pieces.span_bytes * count
-        # The first key that was not taken up yet, and what was: the block of each index, and
-        # the indices of each block that is watched (a key may occur twice).
-        self._next = 0
-        self._blocks: list[HeldBlock | None] = [None] * count
-        self._indices: dict[HeldBlock, tuple[int, ...]] = {}
-        self._twins = False  # whether a key occurs twice
-        self._tell = self._moved  # one object for all watchers
-        self._charged = bytearray(count)  # counts for the window
-        self._used_bytes = 0
+        self._next = 0  # the first key that was not taken up yet
+        self._unchecked: dict[int, None] = {}
         # Of each block the next byte to give out: a group, and where in it.
         self._groups = [0] * count
         self._offsets = [0] * count
-        # Indices of blocks of which something can be given out, and whether one is there.
-        self._ready: deque[int] = deque()
-        self._is_ready = bytearray(count)
         self._failed: list[int] = []  # what the peer has yet to hear of
         self._tries = bytearray(count)
         self._again: dict[int, None] = {}
+        self._postponed: deque[int] = deque()  # likewise, as soon as the window has room
         self._damaged = bytearray(count)  # came damaged, some layers aside: not by relays again
         self._awaited: dict[bytes, tuple[int, ...]] = {}
         # Fills whose last word tells which way a block came, by index.
@@ -109,43 +93,36 @@ class BlockIntake(FetchStream):
         self._wait_timer: Callable[[], None] | None = None
         self._without_room = False
         self._errors: list[Exception] = []
+        self._plan = ""  # of the first fill that had one
         self._wait_over = fills.now() >= terms.wait_until
-        self._admitting = self._admit_again = False
+        self._admitting = self._admit_again = self._admit_later = False
         self._stopped = False
         self._admit()
         if self._source.kind is None and self._left_count and not self._wait_over:
             self._wait_timer = fills.call_at(terms.wait_until, self._waited)
 
-    def _here(self, block: HeldBlock, group: int, at: int) -> int:
-        """Up to which byte of a piece it can be given out now, from byte `at` on."""
-        mask = self._group_masks[group]
-        first, last, start, size = self._pieces.group_ranges[group]
-        if not at and block.known & mask != mask:
-            return 0  # its first byte brings all its checksums along
-        if block.ready & mask == mask:
-            return size
-        offsets = self._pieces.geometry.offsets
-        layer = bisect_right(offsets, start + at) - 1 if at else first
-        rest = block.ready >> layer
-        count = (~rest & (rest + 1)).bit_length() - 1  # of ones at its end
-        return offsets[min(layer + count, last)] - start
-
     # --- taking up -------------------------------------------------------------------------
 
     def _admit(self) -> None:
         """Take up more blocks, as far as window and pool allow."""
-        if self._next == len(self._keys):
+        for _ in range(min(len(self._postponed), self._room_count)):
+            self._retry_soon(self._postponed.popleft())
+        if self._next == len(self._keys) or self._admit_later:
             return
         self._admit_again = True
         if self._admitting:
             return  # whoever is at it looks once more
         self._admitting = True
         try:
-            while self._admit_again:
+            while self._admit_again and not self._admit_later:
                 self._admit_again = False
                 self._admit_run()
         finally:
             self._admitting = False
+
+    def _admit_next(self) -> None:
+        self._admit_later = False
+        self._admit()
 
     def _admit_run(self) -> None:
         window_bytes, block_bytes, count = self._window_bytes, self._block_bytes, len(self._keys)
@@ -154,8 +131,13 @@ class BlockIntake(FetchStream):
         if self._used_bytes and room_bytes < min(run_bytes, (count - self._next) * block_bytes):
             return  # soon there is room for a request of a good size
         taken: list[int] = []
+        until = min(count, self._next + BLOCKS_PER_TURN_MAX)
         while self._next < count and self._used_bytes + block_bytes <= window_bytes:
             index = self._next
+            if index == until:
+                self._admit_later = True
+                self._fills.call_soon(self._admit_next)
+                break
             if not self._find(index):
                 break
             self._next += 1
@@ -187,29 +169,26 @@ class BlockIntake(FetchStream):
         return True
 
     def _take_up(self, index: int, block: HeldBlock) -> None:
-        self._pool.pin(block)
         self._blocks[index] = block
-        if block.ready & self._mask == self._mask:
+        mask = self._mask
+        if block.ready & mask == mask:
             self._pool.touch(block)
             if not (self._tiers[index] or self._groups[index] or self._offsets[index]):
                 self._tiers[index], self._ways[index] = Tier.ARENA, ServedBy.HELD
-            self._charge(index, not block.leases)
-            self._make_ready(index)
+            charged = not block.leases and self._used_bytes < self._full_bytes
+            usable = (block.verified | self._trusted) & mask == mask
+            if not (charged and usable):
+                self._watch(index, block)
+            self._keep(index, block, charged)
+            if usable:
+                self._make_ready(index)
+            else:
+                self._check_soon(index)
             return
+        self._watch(index, block)
         # What others wait for at our node is kept by whoever brings it.
-        self._charge(index, self._source.kind is not None)
-        if block in self._indices:
-            self._twins = True
-            self._indices[block] = (*self._indices[block], index)
-        else:
-            self._indices[block] = (index,)
-        block.watchers[self] = self._tell
+        self._keep(index, block, self._source.kind is not None)
         self._tiers[index] = Tier.RELAY
-
-    def _charge(self, index: int, charged: bool) -> None:
-        if charged:
-            self._charged[index] = 1
-            self._used_bytes += self._block_bytes
 
     def _fill(self, taken: Sequence[int]) -> None:
         """Ask for what is missing of blocks that were taken up, and keep them if need be."""
@@ -360,13 +339,19 @@ class BlockIntake(FetchStream):
     # --- what happens to blocks ------------------------------------------------------------
 
     def _moved(self, block: HeldBlock) -> None:
-        """Layers of a watched block are here, or it was dropped."""
+        """Layers of a watched block are here or verified, or it was dropped."""
         mask, is_ready = self._mask, self._is_ready
         for index in self._indices.get(block, ()):
-            if is_ready[index]:
-                if mask & ~(block.ready | block.coming):
+            if self._blocks[index] is not block or self._stopped:
+                continue  # let go of on account of another one, or about to be
+            if block.dropped or is_ready[index]:
+                if self._is_lost(index, block):
+                    self._gone(index, block)
+                elif not is_ready[index]:
+                    self._look(index, block)
+                elif mask & ~(block.ready | block.coming):
                     self._lost(index, block)
-            elif block.ready & block.known & mask == mask:
+            elif self._usable(block) & block.known & mask == mask:
                 self._make_ready(index)
             else:
                 self._look(index, block)
@@ -384,11 +369,15 @@ class BlockIntake(FetchStream):
 
     def _look(self, index: int, block: HeldBlock) -> None:
         """Whether something of a block can be given out, or nobody brings it any more."""
-        at = self._offsets[index]
-        if self._here(block, self._groups[index], at) > at:
+        at, mask = self._offsets[index], self._mask
+        if self._is_lost(index, block):
+            self._gone(index, block)
+        elif self._here(block, self._groups[index], at) > at:
             self._make_ready(index)
-        elif self._mask & ~(block.ready | block.coming):
+        elif mask & ~(block.ready | block.coming):
             self._lost(index, block)
+        elif mask & block.ready & ~self._usable(block):
+            self._check_soon(index)
 
     def _unready(self, index: int, block: HeldBlock) -> None:
         """Nothing more of a block can be given out at present."""
@@ -400,14 +389,60 @@ class BlockIntake(FetchStream):
         """Nobody brings what is missing of a block."""
         if self._source.kind is not None:
             self._retry(index)
+        elif block.dropped:
+            self._gone(index, block)
         elif self._wait_over:
             self._fail(index, FetchOutcome.MISS)
-        elif block.dropped:
-            if self._groups[index] or self._offsets[index]:
-                self._fail(index, FetchOutcome.MISS)
-            else:
-                self._let_go(index, block)
+
+    def _gone(self, index: int, block: HeldBlock) -> None:
+        """What a block was is gone for us: there may be another one under its key."""
+        if self._source.kind is not None:
+            if self._is_ready[index]:
+                self._is_ready[index] = 0
+                self._ready.remove(index)
+            self._retry(index)
+        elif self._groups[index] or self._offsets[index]:
+            self._fail(index, FetchOutcome.MISS)
+        else:
+            self._let_go(index, block)
+            renewed = self._pool.find(self._namespace.id, self._keys[index])
+            if renewed is None:
                 self._await(index)
+            else:
+                self._take_up(index, renewed)
+                self._look_at(index)
+            self._admit()
+
+    # --- verifying what an engine of this node gets ------------------------------------------
+
+    def _check_soon(self, index: int) -> None:
+        """Layers of a block are here that nobody has verified: they came for others."""
+        if not self._unchecked:
+            self._fills.call_soon(self._check_some)
+        self._unchecked[index] = None
+
+    def _check_some(self) -> None:
+        unchecked, left_bytes = self._unchecked, CHECKED_BYTES_PER_TURN_MAX
+        while unchecked and left_bytes > 0:
+            index = next(iter(unchecked))
+            block = self._blocks[index]
+            if block is not None and not block.dropped:
+                layers = self._mask & block.ready & ~block.verified
+                while layers and left_bytes > 0:
+                    layer = (layers & -layers).bit_length() - 1
+                    if not block.verify(layer):
+                        self._counters["corrupt_blocks"] += 1
+                        self._pool.drop(block)  # whoever watches it asks again
+                        break
+                    left_bytes -= self._pieces.geometry.layer_bytes[layer]
+                    layers &= layers - 1
+                else:
+                    if layers:
+                        break  # the rest of it in the next turn
+                    block.notify()
+            unchecked.pop(index, None)
+        if unchecked:
+            self._fills.call_soon(self._check_some)
 
     def fill_failed(self, fill: Fill, block: HeldBlock, outcome: FetchOutcome) -> None:
         """A fill that this fetch waits for does not bring a block."""
@@ -432,6 +467,7 @@ class BlockIntake(FetchStream):
     def fill_over(self, fill: Fill) -> None:
         """A fill has ended that this fetch waited for, or tells of more ways."""
         self._note(fill.job.errors)
+        self._plan = self._plan or fill.job.plan
         if not self._left_count and not self._stopped:
             self._leave_told()
             self.on_ready()
@@ -447,6 +483,9 @@ class BlockIntake(FetchStream):
         waiting = set(told_by.values())
         left, self._asked = self._asked - waiting, waiting
         self._fills.leave(self, list(left))
+
+    def plan(self) -> str:
+        return self._plan
 
     def _note(self, errors: Sequence[Exception]) -> None:
         """Keep the first of what went wrong for the asker."""
@@ -469,25 +508,40 @@ class BlockIntake(FetchStream):
         self._again[index] = None
 
     def _retry_all(self) -> None:
-        again, self._again = self._again, {}
-        taken: list[int] = []
+        again = list(islice(self._again, BLOCKS_PER_TURN_MAX))
         for index in again:
-            block = self._blocks[index]
-            if block is None or block.ready & self._mask == self._mask:
-                continue
-            if block.dropped:
-                if self._groups[index] or self._offsets[index]:
-                    self._fail(index, FetchOutcome.UNAVAILABLE)  # another version of it may come
-                    continue
-                self._let_go(index, block)
-                renewed = self._pool.reserve(self._namespace, self._keys[index])
-                if renewed is None:
-                    self._fail(index, FetchOutcome.UNAVAILABLE)
-                    continue
-                self._take_up(index, renewed)
-            self._tries[index] = max(1, self._tries[index])  # not by the path peer again
-            taken.append(index)
-        self._fill(taken)
+            del self._again[index]
+        if self._again:
+            self._fills.call_soon(self._retry_all)
+        self._admitting = True  # what a block lets go of is for its successor
+        try:
+            self._fill([index for index in again if self._renew(index)])
+        finally:
+            self._admitting = False
+        self._admit()
+
+    def _renew(self, index: int) -> bool:
+        """Have a block to ask for again; False if that need not be or there is none."""
+        block = self._blocks[index]
+        if block is None:
+            return False
+        if block.ready & self._mask == self._mask and not self._is_lost(index, block):
+            return False
+        if block.dropped:
+            if self._groups[index] or self._offsets[index]:
+                self._fail(index, FetchOutcome.UNAVAILABLE)  # another version of it may come
+                return False
+            if not self._charged[index] and not self._room_count:
+                self._postponed.append(index)
+                return False
+            self._let_go(index, block)
+            renewed = self._pool.reserve(self._namespace, self._keys[index])
+            if renewed is None:
+                self._fail(index, FetchOutcome.UNAVAILABLE)
+                return False
+            self._take_up(index, renewed)
+        self._tries[index] = max(1, self._tries[index])  # not by the path peer again
+        return True
 
     def _fail(self, index: int, outcome: int) -> None:
         """A block ends, and it is no hit."""
@@ -507,25 +561,6 @@ class BlockIntake(FetchStream):
             self._end()
         self.on_ready()
         self._admit()
-
-    def _let_go(self, index: int, block: HeldBlock) -> None:
-        """A block is not wanted any more; chunks that are out have pins of their own."""
-        self._blocks[index] = None
-        self._unwatch(index, block)
-        if self._is_ready[index]:
-            self._is_ready[index] = 0
-            self._ready.remove(index)
-        if self._charged[index]:
-            self._charged[index] = 0
-            self._used_bytes -= self._block_bytes
-        self._pool.unpin(block)
-
-    def _unwatch(self, index: int, block: HeldBlock) -> None:
-        indices = self._indices.pop(block, ())
-        if len(indices) > 1:
-            self._indices[block] = tuple(other for other in indices if other != index)
-        elif indices:
-            block.watchers.pop(self, None)
 
     def _end(self) -> None:
         """Nothing is waited for any more."""
@@ -572,7 +607,8 @@ class BlockIntake(FetchStream):
     def _appeared(self, block: HeldBlock) -> None:
         """A block that was waited for begins to come."""
         for index in self._awaited.pop(block.key, ()):
-            self._take_up(index, block)
+            if not self._stopped:  # what it lets go of makes room for this one
+                self._take_up(index, block)
 
     def _waited(self) -> None:
         """With source=peer: what nobody has begun to bring by now is a miss."""

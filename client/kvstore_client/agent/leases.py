@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,6 +12,9 @@ from kvstore_client.handles import Lease
 
 # Several times what the engines of a node have under way; each is some hundred bytes here.
 LEASES_MAX = 65_536
+# Leases that were given back stay in the heap until their time is over, unless they are this
+# many more than those that hold: then the heap is made anew.
+STALE_ENTRIES_MAX = 1024
 
 
 class _Passed(NamedTuple):
@@ -24,6 +28,7 @@ class PassedLeases:
 
     def __init__(self) -> None:
         self._passed: dict[int, _Passed] = {}
+        self._ends: list[tuple[float, int]] = []
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
@@ -45,6 +50,10 @@ class PassedLeases:
         """The number under which leases are given back."""
         number = next(self._numbers)
         self._passed[number] = _Passed(owner, leases, ends_at)
+        heapq.heappush(self._ends, (ends_at, number))
+        if len(self._ends) > 2 * len(self._passed) + STALE_ENTRIES_MAX:
+            self._ends = [(passed.ends_at, name) for name, passed in self._passed.items()]
+            heapq.heapify(self._ends)
         return number
 
     def take(self, number: int, owner: object) -> Sequence[Lease]:
@@ -62,8 +71,8 @@ class PassedLeases:
 
     def expire(self, now: float) -> None:
         """Forget what storage has ended by itself."""
-        for number in [n for n, passed in self._passed.items() if passed.ends_at <= now]:
-            del self._passed[number]
+        while self._ends and self._ends[0][0] <= now:
+            self._passed.pop(heapq.heappop(self._ends)[1], None)
 
 
 __all__ = ["PassedLeases"]

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from kvstore.allocator import END, PAGES_MAX, ExtentAllocator
-from kvstore.checksum import CHECKSUM_BYTES
+from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksum
 from kvstore.errors import LocalProtocolError
 from kvstore_client.namespaces import Namespace
 
@@ -46,14 +46,16 @@ class HeldBlock:
         namespace, key: What it is.
         view: Its memory, all layers, writable; empty once the memory is free again.
         ready: Bits of the layers that are here.
+        verified: Of those that are ready, the ones that were compared with their checksums, or
+            that an engine of this node has made.
         coming: Bits of the layers that somebody fills.
         known: Bits of the layers whose checksums are known; those that are ready are.
         checksums: 8 bytes a layer, meaningful for those that are known.
         pins: Who uses the memory; it stays as long as there is one. See `BlockPool.pin`.
         leases: Who wants the block to be found here later. See `BlockPool.lease`.
         dropped: Whether nobody finds it any more.
-        watchers: Told after each change of `ready` or `known`, when layers come no longer, and
-            when the block was dropped; by whom it is that watches.
+        watchers: Told after each change of `ready` or `known`, when layers were verified or come no
+            longer, and when the block was dropped; by whom it is that watches.
         extent: Number of its extent in the pool.
         size_bytes: What it takes of the pool: whole pages.
     """
@@ -70,6 +72,7 @@ class HeldBlock:
         "pins",
         "ready",
         "size_bytes",
+        "verified",
         "view",
         "watchers",
     )
@@ -83,6 +86,7 @@ class HeldBlock:
         self.extent = extent
         self.size_bytes = size_bytes
         self.ready = 0
+        self.verified = 0
         self.coming = 0
         self.known = 0
         self.checksums = bytearray(namespace.geometry.layer_count * CHECKSUM_BYTES)
@@ -139,6 +143,16 @@ class HeldBlock:
         self.ready |= layers
         self.coming &= ~layers
         self.notify()
+
+    def verify(self, layer: int) -> bool:
+        """Compare a layer that is here with its checksum."""
+        offsets = self.namespace.geometry.offsets
+        view = self.view[offsets[layer] : offsets[layer + 1]]
+        seed = block_seed(self.namespace.id, self.key)
+        known = int.from_bytes(self.checksums_of(layer, layer + 1), "little")
+        good = layer_checksum(view, seed, layer) == known
+        self.verified |= good << layer
+        return good
 
     def notify(self) -> None:
         """Tell all who watch."""
@@ -314,6 +328,7 @@ class BlockPool:
             assert block.size_bytes == -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
             assert block.size_bytes == self._allocator.pages(block.extent) * PAGE_BYTES
             assert not block.ready & block.coming, f"{block!r}: what is here comes again"
+            assert not block.verified & ~block.ready, f"{block!r}: verified and not here"
             assert not block.ready & ~block.known, f"{block!r}: a layer without its checksum"
             assert block.pins or not block.coming, f"{block!r}: filled and not pinned"
             assert block.pins or not block.dropped

@@ -143,6 +143,9 @@ class PacedFetch(FetchStream):
     def outcomes(self) -> bytes:
         return self._inner.outcomes()
 
+    def plan(self) -> str:
+        return self._inner.plan()
+
     def errors(self) -> Sequence[Exception]:
         return self._inner.errors()
 

@@ -93,6 +93,8 @@ class _PoolPut(PutStream):
         self._errors: list[Exception] = []  # of storage
         # Blocks whose bytes are on their way, by index.
         self._reserved: dict[int, _Place] = {}
+        # Whether the server is in a call and looks at the outcomes by itself.
+        self._in_call = False
 
     @property
     def finished(self) -> bool:
@@ -109,6 +111,13 @@ class _PoolPut(PutStream):
         return self._errors
 
     def reserve(self, bytes_max: int) -> list[int]:
+        self._in_call = True
+        try:
+            return self._reserve(bytes_max)
+        finally:
+            self._in_call = False
+
+    def _reserve(self, bytes_max: int) -> list[int]:
         wanted: list[int] = []
         full = False
         while self._next < len(self._keys) and self._may_go_on():
@@ -139,9 +148,20 @@ class _PoolPut(PutStream):
     def received(self, index: int) -> None:
         place = self._reserved.pop(index)
         self._counters[f"{self.kind}_bytes"] += self._span_bytes
-        self._received(index, place)
+        self._in_call = True
+        try:
+            self._received(index, place)
+        finally:
+            self._in_call = False
 
     def stop(self, outcome: PutOutcome) -> None:
+        self._in_call = True
+        try:
+            self._stop(outcome)
+        finally:
+            self._in_call = False
+
+    def _stop(self, outcome: PutOutcome) -> None:
         self._next = len(self._keys)
         for index, known in enumerate(self._outcomes):
             if known == PENDING:
@@ -203,7 +223,13 @@ class _PoolPut(PutStream):
     def _publish(self, index: int, block: HeldBlock) -> None:
         """The layers of a block are here and good: let others find them."""
         block.learn(self._layers.start, self._announced(index))
+        # An offer that is not verified stays as the engine of this node has made it.
+        block.verified |= layer_mask(self._layers.start, self._layers.stop)
         block.arrived(self._layers.start, self._layers.stop)
+
+    def _tell(self) -> None:
+        if not self._in_call:
+            self.on_decided()
 
     def _announced(self, index: int) -> bytes:
         size = len(self._layers) * CHECKSUM_BYTES
@@ -265,36 +291,19 @@ class StoragePut(_PoolPut):
         self._jobs: set[PutJob] = set()
         # Blocks that were here, in this call of `reserve`.
         self._checked_bytes = 0
-        # Whether the server is in a call and looks at the outcomes by itself.
-        self._in_call = False
 
     def reserve(self, bytes_max: int) -> list[int]:
         self._checked_bytes = 0
-        self._in_call = True
-        try:
-            return super().reserve(bytes_max)
-        finally:
-            self._in_call = False
+        return super().reserve(bytes_max)
 
-    def received(self, index: int) -> None:
-        self._in_call = True
-        try:
-            super().received(index)
-        finally:
-            self._in_call = False
-
-    def stop(self, outcome: PutOutcome) -> None:
-        self._in_call = True
-        try:
-            super().stop(outcome)
-            good, self._good = self._good, {}
-            for block in good.values():
-                self._pool.unpin(block)
-            # Their blocks stay pinned until nobody reads from them any more.
-            for job in list(self._jobs):
-                job.cancel()
-        finally:
-            self._in_call = False
+    def _stop(self, outcome: PutOutcome) -> None:
+        super()._stop(outcome)
+        good, self._good = self._good, {}
+        for block in good.values():
+            self._pool.unpin(block)
+        # Their blocks stay pinned until nobody reads from them any more.
+        for job in list(self._jobs):
+            job.cancel()
 
     @property
     def _pinned_count(self) -> int:
@@ -374,10 +383,6 @@ class StoragePut(_PoolPut):
             self._pool.unpin(block)
         self._tell()
 
-    def _tell(self) -> None:
-        if not self._in_call:
-            self.on_decided()
-
 
 class OfferPut(_PoolPut):
     """Layers of blocks that an engine of this node offers to peers; stored nowhere else.
@@ -410,6 +415,24 @@ class OfferPut(_PoolPut):
         self._retentions = retentions
         self._lease_s = lease_s
         self._verify = verify
+        # Blocks that came apart and of which others still bring layers.
+        self._apart: dict[int, HeldBlock] = {}
+        self._added: set[int] = set()  # of those, where something was missing that was ours
+        self._mask = layer_mask(layers.start, layers.stop)
+
+    @property
+    def _pinned_count(self) -> int:
+        return len(self._reserved) + len(self._apart)
+
+    def _stop(self, outcome: PutOutcome) -> None:
+        # First, for what is withdrawn below may be what they wait for.
+        apart, self._apart = self._apart, {}
+        super()._stop(outcome)
+        for index, block in apart.items():
+            found = self._pool.find(self._namespace.id, self._keys[index])
+            if found is not None:
+                found.watchers.pop((self, index), None)
+            self._pool.unpin(block)
 
     def _is_here(self, index: int) -> bool:
         block = self._pool.find(self._namespace.id, self._keys[index])
@@ -423,7 +446,7 @@ class OfferPut(_PoolPut):
             if block.leases:
                 return False
         # Those that are on their way will be kept too.
-        size_bytes = (len(self._reserved) + 1) * self._pool.size_of(self._namespace)
+        size_bytes = (self._pinned_count + 1) * self._pool.size_of(self._namespace)
         if self._retentions.has_room(size_bytes):
             return False
         self._decide(index, PutOutcome.FULL)
@@ -435,8 +458,7 @@ class OfferPut(_PoolPut):
             self._withdraw(place)
             self._decide(index, PutOutcome.CORRUPT)
         elif place.apart:
-            self._decide(index, self._join(index, block))
-            self._pool.unpin(block)
+            self._join(index, block)
         elif block.dropped:
             self._withdraw(place)
             self._decide(index, PutOutcome.UNAVAILABLE)
@@ -445,25 +467,52 @@ class OfferPut(_PoolPut):
             self._decide(index, self._kept(block, PutOutcome.STORED))
             self._pool.unpin(block)
 
-    def _join(self, index: int, apart: HeldBlock) -> PutOutcome:
-        """Add what came apart, because of others who filled the block, as far as it is missing."""
+    def _join(self, index: int, apart: HeldBlock) -> None:
+        """Add what came apart, because of others who filled the block, as far as it is missing.
+        What they still bring is waited for: if it does not come, ours is all that there is."""
         block = self._pool.reserve(self._namespace, self._keys[index])
         if block is None:
-            return PutOutcome.FULL
-        if self._differs(index, block):
-            return PutOutcome.CONFLICT
-        outcome = PutOutcome.EXISTS
+            outcome = PutOutcome.FULL
+        elif self._differs(index, block):
+            outcome = PutOutcome.CONFLICT
+        else:
+            self._pool.pin(block)
+            added = self._add(index, apart, block)
+            if not block.dropped and block.coming & self._mask:
+                self._apart[index] = apart
+                if added:
+                    self._added.add(index)
+                block.watchers[self, index] = lambda block: self._moved(index, block)
+                self._pool.unpin(block)
+                return
+            added = added or index in self._added
+            outcome = self._kept(block, PutOutcome.STORED if added else PutOutcome.EXISTS)
+            self._pool.unpin(block)
+        self._added.discard(index)
+        self._decide(index, outcome)
+        self._pool.unpin(apart)
+        self._tell()
+
+    def _add(self, index: int, apart: HeldBlock, block: HeldBlock) -> bool:
+        """Copy layers that are missing; whether there were any."""
         announced = self._announced(index)
-        self._pool.pin(block)
+        added = False
         for at, layer in enumerate(self._layers):
             if block.missing(layer, layer + 1):
                 block.layers(layer, layer + 1)[:] = apart.layers(layer, layer + 1)
                 block.learn(layer, announced[at * CHECKSUM_BYTES : (at + 1) * CHECKSUM_BYTES])
+                block.verified |= 1 << layer
                 block.arrived(layer, layer + 1)
-                outcome = PutOutcome.STORED
-        outcome = self._kept(block, outcome)
-        self._pool.unpin(block)
-        return outcome
+                added = True
+        return added
+
+    def _moved(self, index: int, block: HeldBlock) -> None:
+        """Of a block of which others bring layers that came apart too."""
+        if block.dropped or not block.coming & self._mask:
+            block.watchers.pop((self, index), None)
+            apart = self._apart.pop(index, None)
+            if apart is not None:
+                self._join(index, apart)
 
     def _differs(self, index: int, block: HeldBlock) -> bool:
         """Whether layers of a block are here, or about to be, that are not those announced."""

@@ -34,6 +34,7 @@ from kvstore.errors import (
 from kvstore.layout import BLOCK_BYTES_MAX, Layout, PieceMap, check_layout, check_pool
 from kvstore.loadreport import BufferLoad, DiskLoad, LinkLoad
 from kvstore.messages import (
+    REASON_MAX,
     AckLevel,
     Claim,
     ClaimReply,
@@ -41,6 +42,7 @@ from kvstore.messages import (
     CorruptReport,
     Fetch,
     FetchSource,
+    LookupReply,
     NamespaceInfo,
     Pool,
     PoolInfo,
@@ -221,7 +223,7 @@ class AgentSource(BlockSource):
         lease_ms: int,
         owner: Asker,
         extents: Sequence[tuple[int, bytes]] = (),
-    ) -> Answer[tuple[bytes, int]]:
+    ) -> Answer[LookupReply]:
         opened = [self._opened(namespace, owner) for namespace in namespaces]
         if lease_ms:
             self._leases.check_room(self._loop.time())
@@ -231,7 +233,7 @@ class AgentSource(BlockSource):
 
     async def _lookup(
         self, namespaces: Sequence[Namespace], chain: PlacedKeys, lease_ms: int, owner: Asker
-    ) -> tuple[bytes, int]:
+    ) -> LookupReply:
         ends_at = self._loop.time() + lease_ms / 1e3 + LOOKUP_TIMEOUT_S
         found = await self._cluster.lookup(namespaces, chain, lease_ms, LOOKUP_TIMEOUT_S)
         bitmap = bytearray((len(found.hits) + 7) // 8)
@@ -243,7 +245,12 @@ class AgentSource(BlockSource):
             number = 2 * self._leases.add(owner, found.leases, ends_at) + 1
         elif found.leases:
             self._give_back(found.leases)
-        return bytes(bitmap), number
+        return LookupReply(
+            bitmap=bytes(bitmap),
+            lease=number,
+            unreachable=tuple(found.unreachable),
+            refused=tuple((name, str(error)[:REASON_MAX]) for name, error in found.refused.items()),
+        )
 
     def release(self, leases: Sequence[int], owner: Asker) -> Answer[list[bool]]:
         self.retentions.expire(self._loop.time())
@@ -312,7 +319,10 @@ class AgentSource(BlockSource):
             raise RefusedError("one hop only: this request was passed on by another node already")
         relayed = request.source is FetchSource.RELAY
         if request.source is FetchSource.ANY and not asker.local:
-            raise PermissionDenied("ask with source relay or peer: this is another node's agent")
+            raise PermissionDenied(
+                "this is the agent of another node: it relays (name it in relays=, or as peer=),"
+                " and loads for the engines of its own node only"
+            )
         if relayed and not self.willing:
             self._counts["relay_refused_busy"] += 1
             raise Busy(
@@ -483,6 +493,7 @@ class AgentSource(BlockSource):
     def counters(self) -> dict[str, int]:
         retentions, pool = self.retentions, self.pool
         return {
+            **dict.fromkeys(_FROM_ZERO, 0),
             **self._counts,
             **retentions.counters,
             **{f"storage_{name}": count for name, count in self._cluster.counters.items()},
@@ -510,6 +521,20 @@ class AgentSource(BlockSource):
         self._tasks.add(task)
         task.add_done_callback(ended)
 
+
+# What is told also while it has never happened, so that who watches need not know when.
+_FROM_ZERO = (
+    *("own_requests", "own_blocks", "own_bytes"),
+    *("relay_requests", "relay_blocks", "relay_bytes_out"),
+    *("relay_joined", "relay_refused_busy", "relay_no_room"),
+    *("peer_requests", "peer_blocks", "peer_bytes_out"),
+    *("offer_bytes", "put_bytes", "put_corrupt", "fills", "fills_cancelled"),
+    *("claims", "claims_missed", "retentions_expired", "retentions_refused"),
+    *("readers_refused", "checks_skipped", "blocks_corrupt"),
+    *("storage_fetch_bytes_direct", "storage_fetch_bytes_relay", "storage_fetch_bytes_peer"),
+    *("storage_blocks_moved", "storage_corrupt_blocks", "storage_breaker_openings"),
+    *("storage_reconnects", "storage_reports_refused"),
+)
 
 _PREFIXES = {FetchSource.ANY: "own", FetchSource.RELAY: "relay", FetchSource.PEER: "peer"}
 

@@ -118,7 +118,7 @@ class PoolFetch(BlockIntake):
         """A run of blocks that are here, each one piece that fits: the hot path."""
         ready, blocks, mask = self._ready, self._blocks, self._mask
         start, end, offsets = self._from, self._until, self._offsets
-        pieces = self._pieces
+        pieces, charged, trusted = self._pieces, self._charged, self._trusted
         sums = slice(pieces.layer_first * CHECKSUM_BYTES, pieces.layer_last * CHECKSUM_BYTES)
         count_max = min(bytes_max // (end - start), self._buffers_max)
         first = index = ready[0]
@@ -127,8 +127,14 @@ class PoolFetch(BlockIntake):
         given: list[HeldBlock] = []
         while ready and ready[0] == index and len(buffers) < count_max:
             block = blocks[index]
-            if block is None or offsets[index] or block.ready & block.known & mask != mask:
+            if block is None or offsets[index]:
                 break
+            if block.ready & (block.verified | trusted) & block.known & mask != mask:
+                break
+            if not charged[index]:
+                if block.dropped and not self._is_kept(index):
+                    break
+                self._pass_pin(index, block)
             ready.popleft()
             buffers.append(block.view[start:end])
             checksums.append(block.checksums[sums])
@@ -144,7 +150,7 @@ class PoolFetch(BlockIntake):
         self._is_ready[first:index] = bytes(count)
         self._left_count -= count
         length = count * (end - start)
-        cost_bytes = sum(self._charged[first:index]) * self._block_bytes
+        cost_bytes = sum(charged[first:index]) * self._block_bytes
         return self._chunk(first, 0, buffers, length, checksums, given, cost_bytes)
 
     def _parts(self, bytes_max: int) -> Chunk | None:
@@ -159,6 +165,9 @@ class PoolFetch(BlockIntake):
             index = ready[0]
             block, group, at = self._blocks[index], self._groups[index], self._offsets[index]
             assert block is not None, "what is let go of is not ready"
+            if block.dropped and not self._is_kept(index):
+                self._gone(index, block)
+                continue
             first, last, start, size = pieces.group_ranges[group]
             here = self._here(block, group, at)
             if here <= at:
@@ -189,6 +198,7 @@ class PoolFetch(BlockIntake):
                 self._look(index, block)
             else:
                 cost_bytes += self._charged[index] * self._block_bytes
+                self._pass_pin(index, block)
                 self._done(index, block)
         if not buffers:
             return None
