@@ -45,6 +45,7 @@ from kvstore.messages import (
     ReleaseReply,
     Role,
 )
+from kvstore.protocol import Reply
 from kvstore.wire import FrameType
 from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
@@ -57,7 +58,7 @@ from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.direct import AgentPath, DirectPath
 from kvstore_client.paths.relay import RelayPath
 from kvstore_client.paths.store import StorePath
-from kvstore_client.peers import PeerLinks, PeerWay
+from kvstore_client.peers import PeerLinks, PeerWay, ready
 from kvstore_client.placement import (
     OWNERS_MAX,
     Chain,
@@ -72,6 +73,7 @@ from kvstore_client.placement import (
 from kvstore_client.relays import Relays, check_relays
 from kvstore_client.selector import PathMeter, Policy, Span
 from kvstore_client.spread import Spread, Ways
+from kvstore_client.voices import Voices
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
@@ -139,6 +141,7 @@ class Cluster(Ways):
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: set[FetchJob | PutJob] = set()
         self._closed = False
+        self._voices: Voices
         self._loop: asyncio.AbstractEventLoop
         self._direct = DirectPath()
         self._agent = AgentPath()
@@ -146,6 +149,8 @@ class Cluster(Ways):
         self._store: StorePath
         self._peers: PeerLinks | None = None
         self._namespaces: dict[bytes, Namespace] = {}
+        # The newest question for each name whose answer is waited for.
+        self._claims: dict[tuple[str, int], object] = {}
         self._checksums: ChecksumMaker
 
     # --- life ------------------------------------------------------------------------------
@@ -174,6 +179,7 @@ class Cluster(Ways):
         self._links = [
             PeerLink(self._loop, endpoint, setup, daemon_only) for endpoint in self._parsed
         ]
+        self._voices = Voices(self.reports, self.counters, self._links)
         agents = [PeerLink(self._loop, endpoint, setup) for endpoint in self._relay_endpoints]
         self.relays = Relays(
             options.node_id, options.policy, self._links, agents, self.reports, draws
@@ -353,7 +359,20 @@ class Cluster(Ways):
         """Take over what the agent of this node has retained; see `AsyncClient.claim`."""
         link = self._agent_link("claim")
         message = Claim(request=request, attempt=attempt, lease_ms=lease_ms)
-        reply = await link.call(FrameType.CLAIM, message)
+        name, asked = (request, attempt), object()
+
+        def on_late(reply: Reply) -> None:
+            # Who asks again meanwhile gets the same lease.
+            again = self._claims.get(name, asked) is not asked
+            if isinstance(reply, ClaimReply) and reply.lease and not again:
+                link.tell(FrameType.RELEASE, Release(leases=(reply.lease,)))
+
+        self._claims[name] = asked
+        try:
+            reply = await link.call(FrameType.CLAIM, message, on_late=on_late)
+        finally:
+            if self._claims.get(name) is asked:
+                del self._claims[name]
         assert isinstance(reply, ClaimReply)
         return reply
 
@@ -409,14 +428,14 @@ class Cluster(Ways):
     async def _fetch_from_peer(self, job: FetchJob) -> None:
         assert self._peers is not None
         try:
-            link = await self._peers.link(job.route.peer, job.namespace)
+            with self._peers.used(job.route.peer) as link:
+                await ready(link, job.namespace)
+                owners = [(0,)] * len(job.keys)
+                spread = Spread(self._loop, PeerWay(link), job, owners, chunked=False)
+                spread.send(range(len(owners)))
+                await spread.run()
         except KVStoreError as error:
             job.give_up(error)
-            return
-        owners = [(0,)] * len(job.keys)
-        spread = Spread(self._loop, PeerWay(link), job, owners, chunked=False)
-        spread.send(range(len(owners)))
-        await spread.run()
 
     # --- the ways of a spread --------------------------------------------------------------
 
@@ -544,8 +563,8 @@ class Cluster(Ways):
 
     # --- the rest --------------------------------------------------------------------------
 
-    def _take_report(self, report: LoadReport) -> None:
-        self.reports.accept(self._loop.time(), report)
+    def _take_report(self, link: PeerLink, report: LoadReport) -> None:
+        self._voices.take_report(self._loop.time(), link, report)
 
     def _over(self, job: FetchJob | PutJob) -> bool:
         """Whether nothing is to be sent for a job any more."""

@@ -241,18 +241,54 @@ class PutHandle(Handle[PutResult]):
     """A put under way."""
 
 
+class _LoopSide:
+    """Waiting on a loop for a future that is set on that loop's own thread. Who gives up
+    leaves nothing behind."""
+
+    __slots__ = ("_future", "_waiters", "_watched")
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._watched = False
+
+    async def wait(self) -> Any:
+        """Wait for the future; its result."""
+        if not self._future.done():
+            if not self._watched:
+                # Once, since it cannot be taken back.
+                self._watched = True
+                self._future.add_done_callback(self._wake)
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+        return self._future.result()
+
+    def _wake(self, done: Future[Any]) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
 class _Awaitable:
     """Awaiting for handles of an `AsyncClient`, on its loop."""
 
     outcome: Future[Any]
     quiet: Future[None]
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._ends = _LoopSide(self.outcome), _LoopSide(self.quiet)
+
     def __await__(self) -> Generator[Any, None, Any]:
-        return _on_loop(self.outcome).__await__()
+        return self._ends[0].wait().__await__()
 
     async def quiesced(self) -> None:
         """Wait until the caller's memory is free."""
-        await _on_loop(self.quiet)
+        await self._ends[1].wait()
 
 
 class AsyncFetchHandle(_Awaitable, FetchHandle):
@@ -260,15 +296,18 @@ class AsyncFetchHandle(_Awaitable, FetchHandle):
 
     def __init__(self, deadline_s: float, on_cancel: Callable[[], object], layers: int) -> None:
         super().__init__(deadline_s, on_cancel, layers)
-        self._layer_waiters: list[tuple[int, asyncio.Future[None]]] = []
+        self._layer_waiters: dict[asyncio.Future[None], int] = {}
 
     async def layer(self, layer: int) -> bool:
         """As `wait_layer`, without blocking the loop."""
         self._check_layer(layer)
         if self._layers_ready <= layer and not self.poll():
             waiter = asyncio.get_running_loop().create_future()
-            self._layer_waiters.append((layer, waiter))
-            await waiter
+            self._layer_waiters[waiter] = layer
+            try:
+                await waiter
+            finally:
+                self._layer_waiters.pop(waiter, None)
         return self._layers_good > layer
 
     def _publish_layers(self, count: int, failed: bool) -> None:
@@ -280,28 +319,13 @@ class AsyncFetchHandle(_Awaitable, FetchHandle):
         self._wake(self._layer_count)
 
     def _wake(self, count: int) -> None:
-        waiters, self._layer_waiters = self._layer_waiters, []
-        for layer, waiter in waiters:
-            if layer >= count:
-                self._layer_waiters.append((layer, waiter))
-            elif not waiter.done():
+        for waiter, layer in self._layer_waiters.items():
+            if layer < count and not waiter.done():
                 waiter.set_result(None)
 
 
 class AsyncPutHandle(_Awaitable, PutHandle):
     """A put under way on a loop; `await handle` gives the result."""
-
-
-def _on_loop(future: Future[Any]) -> asyncio.Future[Any]:
-    """The asyncio side of a future that is set on this loop's own thread."""
-    waiter = asyncio.get_running_loop().create_future()
-
-    def wake(done: Future[Any]) -> None:
-        if not waiter.done():
-            waiter.set_result(done.result())
-
-    future.add_done_callback(wake)
-    return waiter
 
 
 class Lease(msgspec.Struct, frozen=True):

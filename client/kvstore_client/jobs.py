@@ -237,13 +237,9 @@ class FetchJob(Job):
             self.group_layers,
         )
 
-    def groups_done(self, index: int) -> int:
-        """Groups of a block that are here: a request for the rest begins after them."""
-        return self._groups_done[index]
-
-    def may_retry(self, index: int) -> bool:
-        """Whether what is missing of a block may be asked for again."""
-        return True
+    def first_missing(self, index: int) -> int:
+        """The layer of a block with which a request for the rest begins."""
+        return self.layers.start + self._groups_done[index] * self.group_layers
 
     @property
     def span_bytes(self) -> int:
@@ -254,25 +250,29 @@ class FetchJob(Job):
     def transfer(
         self, indices: Sequence[int], on_failed: Callable[[int, FetchOutcome], None]
     ) -> FetchTransfer:
-        """What receives some of the blocks; as many groups of each must be here already.
+        """What receives the rest of some blocks, which must be the same layers of each.
 
         Args:
             on_failed: Called with (index of the job, outcome), see `FetchPath.fetch`.
         """
-        done = self._groups_done[indices[0]]
-        first = self.layers.start + done * self.group_layers
+        first = self.first_missing(indices[0])
         pieces = PieceMap(self._geometry, len(indices), first, self.layers.stop, self.group_layers)
         memory = [self.memory[index] for index in indices]
-        if done:
+        if first > self.layers.start:
             memory = [self._after(block, first) for block in memory]
         return self._transfer(
             [self.keys[index] for index in indices],
             pieces,
             memory,
-            lambda index, group: self.piece_arrived(indices[index], done + group),
+            self._on_piece(indices, pieces),
             lambda index, outcome: on_failed(indices[index], _FETCH_OUTCOMES[outcome]),
             indices,
         )
+
+    def _on_piece(self, indices: Sequence[int], pieces: PieceMap) -> Callable[[int, int], None]:
+        """What a transfer calls with (its index, its group)."""
+        done = self._groups_done[indices[0]]
+        return lambda index, group: self.piece_arrived(indices[index], done + group)
 
     def _transfer(
         self,
@@ -293,7 +293,7 @@ class FetchJob(Job):
         return memory[layer - self.layers.start :]
 
     def piece_arrived(self, index: int, group: int) -> None:
-        """A piece of a block is in the caller's memory and was verified."""
+        """A group of layers of a block is in the caller's memory and was verified."""
         assert group == self._groups_done[index], "a transfer lets no group overtake another"
         self._groups_done[index] = group + 1
         self._waiting[group] -= 1
@@ -386,6 +386,8 @@ class FillJob(FetchJob):
         self._verify = verify
         #: Called when a run has ended, and `served_by` says more.
         self.on_run: Callable[[], object] | None = None
+        # For each group the layer behind its last one.
+        self._group_ends = [last for _, last, _, _ in self.pieces(1).group_ranges]
         #: For each block the layer up to which its layers may have been passed on.
         self.told = [layers.start] * len(self.keys)
 
@@ -394,10 +396,23 @@ class FillJob(FetchJob):
         if self.on_run is not None:
             self.on_run()
 
-    def may_retry(self, index: int) -> bool:
+    def first_missing(self, index: int) -> int:
         # What was passed on must not be overwritten, with whatever version of the block.
-        layer = self.layers.start + self.groups_done(index) * self.group_layers
-        return self.told[index] <= layer
+        return self.told[index]
+
+    def _on_piece(self, indices: Sequence[int], pieces: PieceMap) -> Callable[[int, int], None]:
+        # A request that begins within a group of the job has others; so that a group may be
+        # here in full, and that is known with the next one only.
+        ends = [last for _, last, _, _ in pieces.group_ranges]
+        return lambda index, group: self._layers_here(indices[index], ends[group])
+
+    def _layers_here(self, index: int, layer: int) -> None:
+        """All layers of a block in front of this one are in their memory, however many requests
+        have brought them."""
+        for group in range(self._groups_done[index], self._group_count):
+            if self._group_ends[group] > layer:
+                return
+            self.piece_arrived(index, group)
 
     def _transfer(
         self,

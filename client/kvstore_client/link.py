@@ -91,7 +91,7 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
         node_id, role, session, token: How we introduce ourselves.
         request_ids: Ids that are unique within the session.
         timeout_s: For connecting, and for requests without payload.
-        on_report: Called with every load report that comes.
+        on_report: Called with every load report that comes, and the link that brought it.
         draws: Chance, for backoff and ramp-in.
         counters: Where to count.
     """
@@ -102,7 +102,7 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     token: str
     request_ids: itertools.count[int]
     timeout_s: float
-    on_report: Callable[[LoadReport], None]
+    on_report: Callable[[PeerLink, LoadReport], None]
     draws: random.Random
     counters: Counter[str]
 
@@ -252,11 +252,6 @@ class PeerLink:
         """Whether the peer has ever said yes or no to a namespace."""
         return self._namespaces.answered(namespace)
 
-    @property
-    def fetching(self) -> bool:
-        """Whether fetches are under way."""
-        return self._channels is not None and _client(self._channels.fetch).call_count > 0
-
     def refusal(self, namespace: Namespace) -> RefusedError | None:
         """Why the peer does not serve a namespace; None if it does. What may have changed
         since then is asked again in the background."""
@@ -389,7 +384,7 @@ class PeerLink:
         """A load report has come, pushed or with a reply; of nobody but the peer itself: one
         that spoke for others could make all of them look full, or their own reports old."""
         if report.node_id == self.peer:
-            self._setup.on_report(report)
+            self._setup.on_report(self, report)
         else:
             self._counters["reports_refused"] += 1
 

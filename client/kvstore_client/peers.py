@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import LimitExceeded, RefusedError, TransportError
@@ -39,18 +40,21 @@ class PeerLinks:
         self._setup = setup
         self._namespaces = namespaces
         self._links: OrderedDict[str, PeerLink] = OrderedDict()
+        # By how many each is used.
+        self._users: Counter[PeerLink] = Counter()
         self._closing: set[asyncio.Task[None]] = set()
 
     def links(self) -> list[PeerLink]:
         """Those that exist."""
         return list(self._links.values())
 
-    async def link(self, peer: str, namespace: Namespace) -> PeerLink:
-        """The link to a peer, once it was tried; with the namespace open there.
+    @contextmanager
+    def used(self, peer: str) -> Iterator[PeerLink]:
+        """The link to a peer, which is not let go before the block ends.
 
         Raises:
             ConfigError: The name of the peer is no endpoint.
-            KVStoreError: It cannot be reached, or refuses.
+            LimitExceeded: Too many others are used.
         """
         endpoint = parse_endpoint(peer, "peer")
         name = str(endpoint)
@@ -59,15 +63,13 @@ class PeerLinks:
             self._make_room()
             link = self._links[name] = PeerLink(self._loop, endpoint, self._setup)
         self._links.move_to_end(name)
-        await link.tried()
-        if not link.up:
-            raise TransportError(f"peer {name}: {link.last_error}")
-        if not link.is_agent:
-            raise RefusedError(f"peer {name} is no agent: what it serves comes from storage")
-        # Not only whether somebody has asked for it: his question may be under way.
-        if not link.answered(namespace):
-            await link.open_namespace(namespace)
-        return link
+        self._users[link] += 1
+        try:
+            yield link
+        finally:
+            self._users[link] -= 1
+            if not self._users[link]:
+                del self._users[link]
 
     async def ended(self) -> None:
         """Wait until nothing is left of links that were let go."""
@@ -78,7 +80,7 @@ class PeerLinks:
         if len(self._links) < PEERS_MAX:
             return
         for name, link in self._links.items():
-            if not link.fetching:
+            if link not in self._users:
                 del self._links[name]
                 link.close()
                 task = self._loop.create_task(link.ended())
@@ -86,6 +88,22 @@ class PeerLinks:
                 task.add_done_callback(self._closing.discard)
                 return
         raise LimitExceeded(f"{len(self._links)} peers are in use, the limit is {PEERS_MAX}")
+
+
+async def ready(link: PeerLink, namespace: Namespace) -> None:
+    """Wait until a peer was tried, and has a namespace open.
+
+    Raises:
+        KVStoreError: It cannot be reached, or refuses.
+    """
+    await link.tried()
+    if not link.up:
+        raise TransportError(f"peer {link.endpoint}: {link.last_error}")
+    if not link.is_agent:
+        raise RefusedError(f"peer {link.endpoint} is no agent: what it serves comes from storage")
+    # Not only whether somebody has asked for it: his question may be under way.
+    if not link.answered(namespace):
+        await link.open_namespace(namespace)
 
 
 class PeerWay(Ways):

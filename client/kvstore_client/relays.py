@@ -90,7 +90,7 @@ class Relays:
         self._reports = reports
         self._draws = draws
         self._by_node: dict[str, PeerLink] = {}
-        # What was made of each link: its node id, and whether it is an agent.
+        # What was made of each link: its node id, and whether it is an agent with that name.
         self._judged: dict[PeerLink, tuple[str, bool]] = {}
         self._refreshed_at = -REFRESH_S
         # As of then: relays like any other, and all that can be used where nothing else is left.
@@ -178,8 +178,10 @@ class Relays:
     def _name(self) -> None:
         """Learn the node ids of relays that have answered for the first time, or have come back
         under another."""
+        daemons = {link.peer for link in self._daemons if link.welcome is not None}
         for link in self.links:
-            known, told = self._judged.get(link), (link.peer, link.is_agent)
+            taken = link.peer in daemons
+            known, told = self._judged.get(link), (link.peer, link.is_agent and not taken)
             if link.welcome is None or known == told:
                 continue
             if known is not None and self._by_node.get(known[0]) is link:
@@ -187,6 +189,9 @@ class Relays:
             self._judged[link] = told
             if not link.is_agent:
                 logger.error("%s is no agent: it cannot relay", link.endpoint)
+                continue
+            if taken:
+                logger.error("%s is %r, as a daemon is: no relay", link.endpoint, link.peer)
                 continue
             if link.peer == self.inflight.node_id:
                 logger.error("%s is this node itself: it cannot relay", link.endpoint)

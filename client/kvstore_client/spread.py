@@ -23,6 +23,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from kvstore.messages import FetchOutcome
@@ -57,6 +58,8 @@ SILENT_S = 0.5
 STALLED_S = 1.0
 # Of the time that a request has; the other way needs some too.
 STALLED_SHARE = 0.3
+# Blocks that are looked at in a turn for what another lane may take over.
+LOOKS_MAX = 256
 # How often slow and silent lanes are looked for.
 LOOK_S = 0.05
 
@@ -87,9 +90,10 @@ class Lane:
         key: Index of the daemon, or node id of the relay.
         waiting: Blocks that are yet to be sent.
         under_way: Shipments.
+        barren: For another lane, how many at the end of `waiting` it may not take over.
     """
 
-    __slots__ = ("key", "link", "meter", "path", "under_way", "waiting")
+    __slots__ = ("barren", "key", "link", "meter", "path", "under_way", "waiting")
 
     def __init__(self, key: int | str, path: FetchPath, link: PeerLink, meter: PathMeter) -> None:
         self.key = key
@@ -98,6 +102,7 @@ class Lane:
         self.meter = meter
         self.waiting: deque[int] = deque()
         self.under_way: dict[Shipment, asyncio.Task[None]] = {}
+        self.barren: dict[int | str, int] = {}
 
     @property
     def relay(self) -> bool:
@@ -141,6 +146,7 @@ class Spread:
         self._relayed = bytearray(len(owners))  # no relay is tried any more
         self._worst: dict[int, FetchOutcome] = {}
         self._turn: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def send(self, indices: Sequence[int], relay: str = "") -> None:
         """Blocks that are to go by a relay, or to their owners; before `run`."""
@@ -263,10 +269,10 @@ class Spread:
         count = lane.link.keys_max()
         if self._chunked:
             count = min(count, max(1, self._chunk_bytes(lane) // self._job.span_bytes))
-        waiting, done = lane.waiting, self._job.groups_done
-        groups = done(waiting[0])
+        waiting, first_missing = lane.waiting, self._job.first_missing
+        layer = first_missing(waiting[0])
         indices: list[int] = []
-        while waiting and len(indices) < count and done(waiting[0]) == groups:
+        while waiting and len(indices) < count and first_missing(waiting[0]) == layer:
             indices.append(waiting.popleft())
         return indices
 
@@ -281,8 +287,31 @@ class Spread:
 
     async def _ship(self, lane: Lane, indices: Sequence[int]) -> None:
         shipment = self._shipment(lane, indices)
+        shipment.on_known = partial(self._expect_end, lane, shipment, STALLED_S)
         self._charge(lane, shipment)
-        await self._run(lane, shipment)
+        try:
+            await self._run(lane, shipment)
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    def _expect_end(self, lane: Lane, shipment: Shipment, after_s: float) -> None:
+        """Nobody looks after the only shipment, but for what it says when all blocks are here."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(after_s, self._end, lane, shipment)
+
+    def _end(self, lane: Lane, shipment: Shipment) -> None:
+        self._timer = None
+        moved_at = max(shipment.moved_at, lane.link.fetched_at)
+        left_s = STALLED_S - (self._loop.time() - moved_at)
+        if shipment.ended:
+            return
+        if left_s > 0.0:
+            self._expect_end(lane, shipment, left_s)  # it works in order, for others at present
+            return
+        lane.link.failed(shipment.begun_at)
+        shipment.take_back()
 
     def _charge(self, lane: Lane, shipment: Shipment) -> None:
         """The bytes of a shipment are under way from now on; `_run` takes them off again."""
@@ -331,9 +360,6 @@ class Spread:
             self._worst[index] = outcome if known is None else worse(known, outcome)
         if job.ended:
             return
-        if not job.may_retry(index):
-            job.block_failed(index, outcome)
-            return
         if lane is not None and lane.relay:
             self._put_back(index, self._owners[index][self._ranks[index]])
             return
@@ -354,7 +380,9 @@ class Spread:
             job.block_failed(index, self._worst[index])
 
     def _put_back(self, index: int, key: int | str) -> None:
-        self._lane(key).waiting.append(index)
+        lane = self._lane(key)
+        lane.waiting.append(index)
+        lane.barren.clear()
 
     # --- moving ----------------------------------------------------------------------------
 
@@ -389,6 +417,8 @@ class Spread:
         for thief in list(self._lanes.values()):
             if thief.waiting or len(thief.under_way) > 1 or not self._rate_Bps(thief):
                 continue
+            if not thief.link.usable:
+                continue
             victims = [
                 lane
                 for lane in self._lanes.values()
@@ -407,22 +437,35 @@ class Spread:
             size_bytes = saved_s / (1 / thief_Bps + 1 / victim_Bps)
         else:
             size_bytes = len(victim.waiting) * self._job.span_bytes / 2
-        count = min(int(size_bytes // self._job.span_bytes), len(victim.waiting))
+        waiting = victim.waiting
+        count = min(int(size_bytes // self._job.span_bytes), len(waiting))
+        # Behind those of which it is known: while a block waits nothing changes for it.
+        barren = min(victim.barren.get(thief.key, 0), len(waiting))
+        waiting.rotate(barren)
         kept: list[int] = []
-        while count > 0 and victim.waiting:
-            index = victim.waiting.pop()
+        moved = 0
+        for _ in range(min(LOOKS_MAX, len(waiting) - barren)):
+            if moved == count:
+                break
+            index = waiting.pop()
             if self._may_go(thief, index):
                 thief.waiting.appendleft(index)
                 self._relayed[index] |= thief.relay
-                count -= 1
+                moved += 1
             else:
                 kept.append(index)
-        victim.waiting.extend(reversed(kept))
+        waiting.extend(reversed(kept))
+        waiting.rotate(-barren)
+        if moved:
+            # Their counts include what has gone, or what is here no more.
+            victim.barren.clear()
+            thief.barren.clear()
+        victim.barren[thief.key] = barren + len(kept)
 
     def _may_go(self, lane: Lane, index: int) -> bool:
         if lane.relay:
-            return not self._relayed[index] and lane.link.usable
-        return self._owners[index][self._ranks[index]] == lane.key and lane.link.usable
+            return not self._relayed[index]
+        return self._owners[index][self._ranks[index]] == lane.key
 
     def _look(self) -> None:
         """Take back what is silent, and what is late while another lane is idle."""
@@ -441,13 +484,8 @@ class Spread:
                         self._move(lane, index)
 
     def _take_back(self, shipment: Shipment) -> list[int]:
-        """Its blocks that are to come again; those that may not come twice fail."""
-        moved = []
-        for index in shipment.take_back():
-            if self._job.may_retry(index):
-                moved.append(index)
-            else:
-                self._job.block_failed(index, FetchOutcome.TIMEOUT)
+        """Its blocks that are to come again: the layers that are not here."""
+        moved = shipment.take_back()
         self._job.moved_count += len(moved)
         return moved
 
@@ -467,14 +505,12 @@ class Spread:
             return False
         pending = shipment.pending()
         # With all blocks here only the last word is missing, and nobody needs to wait for it.
-        return not pending or any(
-            self._job.may_retry(index) and self._other_way(lane, index) for index in pending
-        )
+        return not pending or any(self._other_way(lane, index) for index in pending)
 
     def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:
         """Whether a shipment is overdue while the other path is idle and would be in time."""
         age_s = now - shipment.begun_at
-        limit_s = late_s = LATE_SHARE * self._job.deadline_s
+        limit_s = LATE_SHARE * self._job.deadline_s
         if self._eager and shipment.expected_s:
             limit_s = min(limit_s, LATE_S_MIN + LATE_FACTOR * shipment.expected_s)
         if age_s < limit_s:
@@ -482,11 +518,7 @@ class Spread:
         others = [one for one in self._lanes.values() if one.relay != lane.relay]
         if any(one.waiting or one.under_way for one in others):
             return False
-        pending = shipment.pending()
-        movable = [index for index in pending if self._job.may_retry(index)]
-        if len(movable) < len(pending) and age_s < late_s:
-            return False  # those that may not come twice are lost when it is taken back
-        for index in movable:
+        for index in shipment.pending():
             key = self._other(lane, index)
             if key is not None:
                 break

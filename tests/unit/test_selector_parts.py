@@ -29,6 +29,7 @@ from kvstore_client.selector.inflight import (
     PEAK_S,
     STALLED_S_MIN,
     WINDOW_BYTES_MAX,
+    WINDOW_S_MAX,
     Daemon,
     Inflight,
     PathMeter,
@@ -182,6 +183,22 @@ def test_bytes_that_never_come_count_as_time() -> None:
     meter.gone(5.5, 9 * MIB)
     assert meter.observed_Bps < 10
     assert meter.inflight_bytes == 0
+
+
+def test_a_relay_that_has_brought_nothing_in_a_whole_window_is_known_as_slow() -> None:
+    meter = PathMeter(GainMeter(), "d0")
+    meter.sent(0.0, MIB)
+    meter.gone(WINDOW_S_MAX, MIB)
+    assert 0.0 < meter.observed_Bps < 10
+    assert meter.rate_Bps(WINDOW_S_MAX, 100 * MIB) < 10
+    # Once it is idle it gets another chance.
+    assert meter.rate_Bps(WINDOW_S_MAX + MEMORY_S, 100 * MIB) > 50 * MIB
+    # Misses say nothing of it, and nothing at all of the path that is always asked.
+    for soon, node_id in ((WINDOW_S_MAX / 2, "d0"), (WINDOW_S_MAX, "")):
+        meter = PathMeter(GainMeter(), node_id)
+        meter.sent(0.0, MIB)
+        meter.gone(soon, MIB)
+        assert meter.observed_Bps == 0.0
 
 
 def test_what_an_idle_relay_showed_is_forgotten_slowly() -> None:

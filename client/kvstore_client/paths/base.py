@@ -36,13 +36,14 @@ class Shipment:
     """Some blocks of a job, on their way from one peer by one path: one request.
 
     Args:
-        indices: Which blocks; not more than the peer takes in one request, and as many groups
+        indices: Which blocks; not more than the peer takes in one request, and the same layers
             of each are here already.
         on_failed: Called with the outcome of every block that is no hit, once, as soon as it is
             known. Whether it is final is the caller's decision.
         on_bytes: Called with the bytes that have arrived, a frame at a time.
 
     Attributes:
+        on_known: Called when every block has its outcome and only the last word is missing.
         size_bytes: What was asked for.
         arrived_bytes: What of that has come.
         expected_s: How long it was expected to take; 0.0 if that was not known. Whoever sends
@@ -62,6 +63,7 @@ class Shipment:
         on_bytes: Callable[[int], None],
     ) -> None:
         self.indices = indices
+        self.on_known: Callable[[], None] | None = None
         self.arrived_bytes = 0
         self.expected_s = 0.0
         self.begun_at = self.moved_at = loop.time()
@@ -137,6 +139,8 @@ class Shipment:
         self.arrived_bytes += size_bytes
         self.moved_at = self._loop.time()
         self._on_bytes(size_bytes)
+        if self.on_known is not None and PENDING not in self._transfer.outcomes:
+            self.on_known()
 
     def _failed(self, index: int, outcome: FetchOutcome) -> None:
         # The last word on what was taken back may still come.

@@ -24,6 +24,9 @@ RATE_TIME_CONSTANT_S = 0.3
 # How long what was seen of an idle relay is worth something. Then what it claims counts
 # again, so that one that was slow once gets another chance.
 MEMORY_S = 10.0
+# What a relay is believed to bring that has brought nothing in a whole window: next to nothing,
+# and not what 0.0 means.
+NOTHING_BPS = 1.0
 # A report tells of our own bytes as they were up to one interval ago.
 PEAK_S = 0.2
 # A path that has brought nothing for this long gets nothing new.
@@ -142,8 +145,11 @@ class PathMeter:
         if self.observed_Bps:
             step = 1.0 - math.exp(-elapsed_s / RATE_TIME_CONSTANT_S)
             self.observed_Bps += (seen_Bps - self.observed_Bps) * step
-        else:
+        elif self._window_bytes or not self.node_id or elapsed_s < WINDOW_S_MAX:
+            # Misses bring nothing either; they come soon. And nobody would ask storage again.
             self.observed_Bps = seen_Bps
+        else:
+            self.observed_Bps = NOTHING_BPS
         self.observed_at = now
         self._window_started_at = now
         self._window_bytes = 0
