@@ -478,7 +478,8 @@ class AsyncClient:
             corrupt_blocks     came damaged; those too of which another daemon had a good copy
             reconnects         links that were lost and are up again
             breaker_openings   times that a daemon was left alone
-            reports_refused    load reports in which a peer spoke for another node
+            reports_refused    load reports in which a peer spoke for another node, or under a
+                               name that another peer has already
         """
         return dict(self.cluster.counters)
 
