@@ -265,7 +265,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         ):
             pass
     with monkeypatch.context() as patch:
-        patch.setattr(namespaces, "_HOLDER", "print('unshare: no'); exit(1)")
+        patch.setattr(namespaces, "_HOLDER", "raise SystemExit('unshare: no')")
         with (
             pytest.raises(ShapingUnavailable, match="unshare: no; and inside a user namespace"),
             ShapedNetwork(plans()),

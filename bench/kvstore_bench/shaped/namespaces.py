@@ -16,6 +16,7 @@ import select
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -139,8 +140,18 @@ class NetworkNamespace:
         """
         output = self._process.stdout
         assert output is not None
-        readable, _, _ = select.select([output], [], [], START_TIMEOUT_S)
-        said = os.read(output.fileno(), 4096).decode(errors="replace").strip() if readable else ""
+        # To its end, and not as far as one read gets: a traceback comes in pieces.
+        deadline = time.monotonic() + START_TIMEOUT_S
+        heard = bytearray()
+        while heard != b"ready\n":
+            left_s = max(0.0, deadline - time.monotonic())
+            if not select.select([output], [], [], left_s)[0]:
+                break
+            part = os.read(output.fileno(), 4096)
+            if not part:
+                break
+            heard += part
+        said = heard.decode(errors="replace").strip()
         if said != "ready":
             self.close()
             raise ShapingUnavailable(
