@@ -95,7 +95,10 @@ def test_the_three_jobs_of_limits_come_in_one_json_with_their_ratios(tmp_path: P
     path = tmp_path / "limits.json"
     words = ["--size=32m", "--runtime=200ms", "--ramp_time=50ms", "--trials=2"]
     done = kvbench(LIMITS, *words, "--output-format=json+", f"--output={path}")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    # A busy machine may be told of, and nothing else.
+    warnings = done.stderr.splitlines()
+    assert all(line.startswith("kvbench run: unstable: ") for line in warnings), done.stderr
     document = json.loads(path.read_text())
     names = [(job["jobname"], job["trial"]) for job in document["jobs"]]
     assert names == [(name, t) for t in (1, 2) for name in ("raw", "kv-read", "kv-write")]
