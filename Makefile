@@ -31,7 +31,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY = $(VENV)/cache/hypothesis
 export MPLCONFIGDIR = $(CURDIR)/$(VENV)/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install test check format demo bench clean
+.PHONY: help install test test-rdma check format demo bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -73,6 +73,12 @@ test: install ## Run all tests
 	@tmp=$$(mktemp -d)
 	trap 'rm -rf "$$tmp"' EXIT
 	TMPDIR=$$tmp PYTHONASYNCIODEBUG=1 $(RUN) -m pytest -o cache_dir=$(VENV)/cache/pytest $(ARGS)
+
+# In a virtual machine with soft devices; what it lacks, tests/rdma/prepare says.
+test-rdma: install ## Run the tests of RDMA on real verbs
+	@pyverbs=$$(tests/rdma/prepare $(RUN))
+	PYTHONPATH=$$pyverbs tests/rdma/run-in-vm -- \
+	  $(RUN) -m pytest -p no:cacheprovider tests/rdma $(ARGS)
 
 check: install ## Check formatting, lint and types
 	$(RUN) -m ruff format --check .

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from kvstore.endpoint import Endpoint
+from kvstore.errors import Unsupported
 
 Buffer = bytes | bytearray | memoryview
 
@@ -58,6 +59,28 @@ class Stream(abc.ABC):
     def unsent_bytes(self) -> int:
         """What `send` has taken and the network has not; 0 where the transport cannot tell."""
         return 0
+
+    def send_descriptor(self, fd: int) -> None:
+        """Let a descriptor go along with the bytes of the next `send`; several keep their order.
+
+        Sent is a duplicate, made now; `fd` stays the caller's.
+
+        Raises:
+            Unsupported: This transport hands no descriptors over.
+            TransportError: The process has no descriptor left for the duplicate.
+        """
+        raise Unsupported(f"descriptors cannot be handed over by {self.transport}")
+
+    def take_descriptor(self) -> int | None:
+        """The oldest descriptor that has come and was not taken; the taker owns it.
+
+        It is here no later than the first byte that it was sent with.
+        """
+        return None
+
+    def peer_uid(self) -> int | None:
+        """Who the peer is by the word of the kernel; None where it does not tell."""
+        return None
 
     @abc.abstractmethod
     def end_sending(self) -> None:

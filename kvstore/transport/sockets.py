@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import errno
@@ -11,10 +12,11 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 from kvstore.endpoint import Endpoint
-from kvstore.errors import ConfigError, TransportError, TransportTimeout
+from kvstore.errors import ConfigError, TransportError, TransportTimeout, Unsupported
 from kvstore.transport.base import Buffer, Listener, Stream
 from kvstore.transport.marking import Marking
 
@@ -38,6 +40,13 @@ BACKLOG_RETRY_S = 0.01
 _SIOCOUTQNSD = 0x894B
 _INT = struct.Struct("i")
 
+# Descriptors of a peer that wait to be taken. A request needs one; who sends more than a few
+# ahead wants to use ours up.
+DESCRIPTORS_WAITING_MAX = 16
+_ANCILLARY_BYTES = socket.CMSG_SPACE(DESCRIPTORS_WAITING_MAX * _INT.size)
+# SO_PEERCRED: process, user and group.
+_CREDENTIALS = struct.Struct("iII")
+
 _DESCRIPTOR_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -55,12 +64,23 @@ class SocketStream(Stream):
         self._sock = sock
         self.transport = transport
         self.peer = peer
+        self._unix = transport == "unix"
+        # Descriptors that go out with the next bytes, and those that came and wait.
+        self._outgoing: deque[int] = deque()
+        self._incoming: deque[int] = deque()
 
     def fileno(self) -> int:
         return self._sock.fileno()
 
     def receive_into(self, buffers: Sequence[memoryview]) -> int:
         try:
+            if self._unix:
+                count, ancillary, flags, _ = self._sock.recvmsg_into(
+                    buffers, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+                )
+                if ancillary or flags & socket.MSG_CTRUNC:
+                    self._keep(ancillary, flags)
+                return count
             return self._sock.recvmsg_into(buffers)[0]
         except BlockingIOError:
             raise
@@ -69,6 +89,8 @@ class SocketStream(Stream):
 
     def send(self, buffers: Sequence[Buffer]) -> int:
         try:
+            if self._outgoing:
+                return self._send_descriptors(buffers)
             return self._sock.sendmsg(buffers)
         except BlockingIOError:
             raise
@@ -82,12 +104,78 @@ class SocketStream(Stream):
             return 0  # a unix socket, which has no network below it, or one that is closed
         return int(_INT.unpack(answer)[0])
 
+    def send_descriptor(self, fd: int) -> None:
+        if not self._unix:
+            raise Unsupported(f"descriptors cannot be handed over by {self.transport}")
+        try:
+            self._outgoing.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
+        except OSError as error:
+            raise TransportError(f"descriptor {fd} for {self.peer}: {error}") from error
+
+    def take_descriptor(self) -> int | None:
+        return self._incoming.popleft() if self._incoming else None
+
+    def peer_uid(self) -> int | None:
+        if not self._unix:
+            return None
+        try:
+            answer = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return None  # it is closed
+        return int(_CREDENTIALS.unpack(answer)[1])
+
     def end_sending(self) -> None:
         with contextlib.suppress(OSError):  # the peer may be gone
             self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._sock.close()
+        for waiting in (self._outgoing, self._incoming):
+            _close_all(waiting)
+            waiting.clear()
+
+    def _send_descriptors(self, buffers: Sequence[Buffer]) -> int:
+        """Send, and with the first byte as many descriptors as the peer lets wait."""
+        fds = list(self._outgoing)[:DESCRIPTORS_WAITING_MAX]
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        count = self._sock.sendmsg(buffers, [rights])
+        if count:  # the kernel has them, also when it took a part of the bytes only
+            for _ in fds:
+                os.close(self._outgoing.popleft())
+        return count
+
+    def _keep(self, ancillary: list[tuple[int, int, bytes]], flags: int) -> None:
+        """Let what came wait to be taken.
+
+        Raises:
+            TransportError: There are too many, or the kernel dropped some; all that came now
+                are closed.
+        """
+        came = [
+            fd
+            for level, kind, content in ancillary
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+            for (fd,) in _INT.iter_unpack(content[: len(content) // _INT.size * _INT.size])
+        ]
+        if flags & socket.MSG_CTRUNC:
+            _close_all(came)
+            raise TransportError(
+                f"{self.peer} sent more than {DESCRIPTORS_WAITING_MAX} descriptors at once,"
+                " or this process can have no more"
+            )
+        if len(self._incoming) + len(came) > DESCRIPTORS_WAITING_MAX:
+            _close_all(came)
+            raise TransportError(
+                f"{self.peer} sent descriptors that nothing asked for: more than"
+                f" {DESCRIPTORS_WAITING_MAX} wait"
+            )
+        self._incoming.extend(came)
+
+
+def _close_all(fds: Iterable[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):  # what a peer's file says to its close is not ours
+            os.close(fd)
 
 
 def _unix_address(path: str) -> str:
