@@ -100,7 +100,7 @@ def load() -> Modules:
 def code(error: Exception) -> int:
     """What the system answered: its errno, 0 if it gave none."""
     value = int(getattr(error, "error_code", -1))
-    return abs(value) if value != -1 or "Errno: 1," in str(error) else 0
+    return 0 if value == -1 else abs(value)
 
 
 def translated(what: str, error: Exception) -> VerbsError:

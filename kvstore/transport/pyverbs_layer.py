@@ -69,10 +69,25 @@ class PyVerbs(Verbs):
     def devices(self) -> list[DeviceInfo]:
         modules = load()
         known = _known(modules)
-        unknown = sysfs.device_names()
+        # One that is being removed has no device file any more.
+        unknown = [name for name in sysfs.device_names() if sysfs.device_file(name)]
         if unknown and not known:
             raise _unreachable(unknown[0])
-        return [_describe(modules, name) for name in known if not sysfs.is_iwarp(name)]
+        found = []
+        forbidden: VerbsForbidden | None = None
+        for name in known:
+            try:
+                if not sysfs.is_iwarp(name):
+                    found.append(_describe(modules, name))
+            except VerbsForbidden as error:
+                forbidden = error
+            except VerbsError:
+                if sysfs.device_file(name):
+                    raise
+                # It was removed while we looked.
+        if forbidden is not None and not found:
+            raise forbidden
+        return found
 
     def open(self, setup: RailSetup) -> Rail:
         modules = load()
@@ -346,13 +361,18 @@ def _check_device_file(device: str) -> None:
     """See that this user can open a device.
 
     Raises:
-        VerbsForbidden: Says why not.
+        NoDevice: The kernel offers it to nobody.
+        VerbsForbidden: Says what must be changed.
     """
     path = sysfs.device_file(device)
-    if path is None or not path.exists():
+    if path is None:
+        raise NoDevice(
+            f"the kernel offers no device file for {device}: load ib_uverbs (modprobe "
+            "ib_uverbs), unless the device is being removed"
+        )
+    if not path.exists():
         raise VerbsForbidden(
-            f"{device}: its device file {path or '/dev/infiniband/uverbs*'} is missing: load "
-            "ib_uverbs, or hand /dev/infiniband to the container"
+            f"{device}: its device file {path} is missing: hand /dev/infiniband to the container"
         )
     if not os.access(path, os.R_OK | os.W_OK):
         raise VerbsForbidden(

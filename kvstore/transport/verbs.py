@@ -348,7 +348,8 @@ class Verbs(abc.ABC):
 
         Raises:
             VerbsMissing: pyverbs is not there or does not fit libibverbs; says what to install.
-            VerbsForbidden: Devices are there and may not be opened.
+            VerbsForbidden: Devices are there, and none may be opened.
+            NoDevice: Devices are there, and libibverbs has no driver for them.
         """
 
     @abc.abstractmethod

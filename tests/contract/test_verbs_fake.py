@@ -103,18 +103,21 @@ def test_nothing_moves_when_hold_has_returned(fake: FakeVerbs, pair: tuple[End, 
     near, far = pair
     works = [write(near, far.far, index * 1024, 1024) for index in range(250)]
     cuts = set()
+    late = 0
     for number in range(1, 21):
         near.view[:] = bytes([number]) * len(near.view)
         before = fake.executed()
         near.post(*works)
         fake.wait(lambda before=before: fake.executed() > before, "the first packet")
         fake.hold()
-        seen = bytes(far.view)
+        count, seen = fake.executed(), bytes(far.view)
         for _ in range(20):  # long enough for another packet
             assert bytes(far.view) == seen
+        late += fake.executed() - count
         cuts.add(seen.count(number))
         fake.release()
         near.take(250)
+    assert late == 0
     assert len(cuts) > 1
 
 

@@ -112,7 +112,7 @@ class RailTests(abc.ABC):
             assert "the device was removed" in lost.rail.failed()
             assert near.rail.failed() == ""
             assert setups[1].device not in {device.name for device in verbs.devices()}
-            with pytest.raises(NoDevice, match=f"no .*device '{setups[1].device}'"):
+            with pytest.raises(NoDevice, match=setups[1].device):
                 verbs.open(setups[1])
             lost.queue.flush()
             for end in (lost, beyond):

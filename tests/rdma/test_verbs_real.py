@@ -50,11 +50,11 @@ class Real(VerbsTests):
             pytest.skip("would remove a device of this machine")
         (port,) = (device.ports[0] for device in verbs.devices() if device.name == setup.device)
         # It waits until nobody uses the device any more.
-        with subprocess.Popen(["rdma", "link", "delete", setup.device]) as removal:
-            while any(device.name == setup.device for device in verbs.devices()):
-                pass
-            yield
-            assert removal.wait(PATIENCE_S) == 0
+        removal = subprocess.Popen(["rdma", "link", "delete", setup.device])
+        while any(device.name == setup.device for device in verbs.devices()):
+            pass
+        yield
+        assert removal.wait(PATIENCE_S) == 0
         subprocess.run(
             ["rdma", "link", "add", setup.device, "type", "rxe", "netdev", port.netdev], check=True
         )
