@@ -24,12 +24,56 @@ TOUCH_THREADS_MAX = 16
 TOUCH_SLICE_BYTES = 64 * 1024 * 1024
 
 
-class Region:
+class MappedMemory:
+    """A mapping that is closed at once, or when the last who reads in it is done.
+
+    Ownership: whoever has a slice of `view` borrows it, and the memory stays mapped until the
+    last slice is gone, so that closing never pulls memory from under a reader.
+
+    Args:
+        mapping: Owned from now on.
+        what: Name of it, for errors.
+    """
+
+    def __init__(self, mapping: mmap.mmap, what: str) -> None:
+        self.size_bytes = len(mapping)
+        self._what = what
+        self._mapping = mapping
+        self._view: memoryview | None = memoryview(mapping)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._view is None
+
+    @property
+    def view(self) -> memoryview:
+        """All of the memory. Slices of it keep the memory alive."""
+        if self._view is None:
+            raise LocalProtocolError(f"{self._what} is closed")
+        return self._view
+
+    def close(self) -> None:
+        """Give the memory back: at once, or when the last borrowed slice of it is gone.
+
+        Harmless when called again.
+        """
+        if self._view is None:
+            return
+        view, self._view = self._view, None
+        try:
+            view.release()
+            self._mapping.close()
+        except BufferError:
+            # Slices are out. They hold the mapping, which unmaps itself after the last.
+            pass
+
+
+class Region(MappedMemory):
     """One shared mapping of anonymous memory, backed by a memfd.
 
-    Ownership: the region owns the memory; whoever has a slice of `view` borrows it. `close`
-    gives the file descriptor back at once and the memory when the last borrowed slice is
-    gone, so that closing never pulls memory from under a reader.
+    Ownership: as of `MappedMemory`; `view` is writable. `close` gives the file descriptor back
+    at once.
 
     The size is sealed: no process that was handed the descriptor can truncate it and make
     our next access fail.
@@ -46,28 +90,15 @@ class Region:
     def __init__(self, size_bytes: int, name: str = "kvstore") -> None:
         if size_bytes < 1:
             raise LocalProtocolError(f"a region of {size_bytes} bytes: must be at least 1")
-        self.size_bytes = size_bytes
         self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self._fd, size_bytes)
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            self._mapping = mmap.mmap(self._fd, size_bytes, mmap.MAP_SHARED)
+            mapping = mmap.mmap(self._fd, size_bytes, mmap.MAP_SHARED)
         except BaseException:
             os.close(self._fd)
             raise
-        self._view: memoryview | None = memoryview(self._mapping)
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._view is None
-
-    @property
-    def view(self) -> memoryview:
-        """All of the memory, writable. Slices of it keep the memory alive."""
-        if self._view is None:
-            raise LocalProtocolError("this region is closed")
-        return self._view
+        super().__init__(mapping, "this region")
 
     @property
     def fd(self) -> int:
@@ -110,20 +141,9 @@ class Region:
                     on_progress(done_bytes, self.size_bytes)
 
     def close(self) -> None:
-        """Give the memory back: at once, or when the last borrowed slice of it is gone.
-
-        Harmless when called again.
-        """
-        if self._view is None:
-            return
-        view, self._view = self._view, None
-        os.close(self._fd)
-        try:
-            view.release()
-            self._mapping.close()
-        except BufferError:
-            # Slices are out. They hold the mapping, which unmaps itself after the last.
-            pass
+        if not self.closed:
+            os.close(self._fd)
+        super().close()
 
 
 def _touch_pages(pages: NDArray[np.uint8]) -> None:

@@ -8,7 +8,6 @@ whom the kernel then kills with SIGBUS. Seals cannot be taken back (fcntl(2), "F
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -18,7 +17,7 @@ from typing import Self
 
 import numpy as np
 
-from kvstore.buffers import PAGE_BYTES, Region
+from kvstore.buffers import PAGE_BYTES, MappedMemory, Region
 from kvstore.errors import (
     Busy,
     KVStoreError,
@@ -75,42 +74,7 @@ def read_only_copy(region: Region) -> int:
     return copy
 
 
-class _Mapped:
-    """A mapping of memory that another process made.
-
-    Ownership: as of `Region`: whoever has a slice of `view` borrows it, and the memory stays
-    mapped until the last is gone.
-    """
-
-    def __init__(self, mapping: mmap.mmap, size_bytes: int, who: str) -> None:
-        self.size_bytes = size_bytes
-        self.who = who
-        self._mapping = mapping
-        self._view: memoryview | None = memoryview(mapping)
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._view is None
-
-    @property
-    def view(self) -> memoryview:
-        """All of the memory. Slices of it keep the mapping alive."""
-        if self._view is None:
-            raise LocalProtocolError(f"this memory of {self.who} is closed")
-        return self._view
-
-    def close(self) -> None:
-        """Unmap: at once, or when the last borrowed slice is gone. Harmless when repeated."""
-        if self._view is None:
-            return
-        view, self._view = self._view, None
-        with contextlib.suppress(BufferError):  # slices are out, and hold the mapping
-            view.release()
-            self._mapping.close()
-
-
-class SharedMapping(_Mapped):
+class SharedMapping(MappedMemory):
     """Memory of a peer, mapped here for reading and writing; made by `adopt`."""
 
     @classmethod
@@ -133,7 +97,7 @@ class SharedMapping(_Mapped):
             if _access(fd) != os.O_RDWR:
                 raise PermissionDenied(f"memory of {who} is not open for reading and writing")
             writable = mmap.PROT_READ | mmap.PROT_WRITE
-            return cls(_map(fd, size_bytes, writable, who), size_bytes, who)
+            return cls(_map(fd, size_bytes, writable, who), f"memory of {who}")
         finally:
             os.close(fd)
 
@@ -152,12 +116,12 @@ class SharedMapping(_Mapped):
             failure = ctypes.get_errno()
             if failure != errno.EINVAL:
                 reason = os.strerror(failure)
-                raise Busy(f"memory of {self.who} cannot be faulted in: {reason}")
+                raise Busy(f"{self._what} cannot be faulted in: {reason}")
             # A kernel before 5.14. Read only: a write back would undo one of the peer.
             np.bitwise_or.reduce(np.frombuffer(piece, _BYTE)[::PAGE_BYTES])
 
 
-class MappedArena(_Mapped):
+class MappedArena(MappedMemory):
     """Memory of a server, mapped here for reading only; made by `adopt`."""
 
     @classmethod
@@ -174,7 +138,7 @@ class MappedArena(_Mapped):
             access = _access(fd)
             if access == os.O_WRONLY or not (sealed or access == os.O_RDONLY):
                 raise PermissionDenied(f"memory of {who} is not protected against writing")
-            return cls(_map(fd, size_bytes, mmap.PROT_READ, who), size_bytes, who)
+            return cls(_map(fd, size_bytes, mmap.PROT_READ, who), f"memory of {who}")
         finally:
             os.close(fd)
 

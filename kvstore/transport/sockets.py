@@ -65,6 +65,7 @@ class SocketStream(Stream):
         self.transport = transport
         self.peer = peer
         self._unix = transport == "unix"
+        self._accepting = False
         # Descriptors that go out with the next bytes, and those that came and wait.
         self._outgoing: deque[int] = deque()
         self._incoming: deque[int] = deque()
@@ -74,7 +75,7 @@ class SocketStream(Stream):
 
     def receive_into(self, buffers: Sequence[memoryview]) -> int:
         try:
-            if self._unix:
+            if self._accepting:
                 count, ancillary, flags, _ = self._sock.recvmsg_into(
                     buffers, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
                 )
@@ -111,6 +112,11 @@ class SocketStream(Stream):
             self._outgoing.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
         except OSError as error:
             raise TransportError(f"descriptor {fd} for {self.peer}: {error}") from error
+
+    def accept_descriptors(self) -> None:
+        if not self._unix:
+            raise Unsupported(f"descriptors cannot be handed over by {self.transport}")
+        self._accepting = True
 
     def take_descriptor(self) -> int | None:
         return self._incoming.popleft() if self._incoming else None

@@ -25,6 +25,8 @@ def nothing_leaks() -> Iterator[None]:
 def streams(nothing_leaks: None) -> Iterator[tuple[SocketStream, SocketStream]]:
     """Two ends of a unix socket."""
     near, far = (SocketStream(sock, "unix", "the other end") for sock in socket.socketpair())
+    near.accept_descriptors()
+    far.accept_descriptors()
     yield near, far
     near.close()
     far.close()
@@ -124,9 +126,26 @@ def test_more_than_may_wait_break_the_connection(
     assert far.take_descriptor() is None
 
 
+def test_descriptors_that_are_not_accepted_are_gone() -> None:
+    near, far = (SocketStream(sock, "unix", "the other end") for sock in socket.socketpair())
+    give(near, 1)
+    near.send([b"x"])
+    received = bytearray()
+    drain(far, received)
+    far.accept_descriptors()
+    give(near, 2)
+    near.send([b"y"])
+    drain(far, received)
+    assert received == b"xy"
+    assert taken(far) == [2]
+    near.close()
+    far.close()
+
+
 def test_more_at_once_than_may_wait_break_the_connection() -> None:
     near, sock = socket.socketpair()
     far = SocketStream(sock, "unix", "the other end")
+    far.accept_descriptors()
     with near:
         socket.send_fds(near, [b"x"], [near.fileno()] * (DESCRIPTORS_WAITING_MAX + 9))
         with pytest.raises(TransportError, match="at once"):
