@@ -154,11 +154,12 @@ class FrameReader:
         self._metadata = bytearray(header.metadata_length)
         self._metadata_left = header.metadata_length
         views: list[memoryview] = [memoryview(self._metadata)] if header.metadata_length else []
-        if header.type is FrameType.DATA and header.payload_length:
+        payload_bytes = header.stream_bytes
+        if header.type is FrameType.DATA and payload_bytes:
             views += self._route(header)
-            if sum(map(len, views)) != header.metadata_length + header.payload_length:
+            if sum(map(len, views)) != header.metadata_length + payload_bytes:
                 raise AssertionError("route() gave views of another length than the payload")
-        self._body_left = header.metadata_length + header.payload_length
+        self._body_left = header.metadata_length + payload_bytes
         self._views = views
         self._view_index = 0
         self._header = header

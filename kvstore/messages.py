@@ -20,154 +20,59 @@ import msgspec
 from msgspec import Meta
 
 from kvstore.errors import RemoteProtocolError
-from kvstore.layout import KEY_BYTES_MAX, KEY_BYTES_MIN, NAMESPACE_ID_BYTES, Layout
+from kvstore.fields import (
+    ARRAY_ITEMS_MAX as ARRAY_ITEMS_MAX,
+    DEADLINE_MS_MAX as DEADLINE_MS_MAX,
+    ENDPOINT_MAX as ENDPOINT_MAX,
+    KEYS_PER_REQUEST_MAX as KEYS_PER_REQUEST_MAX,
+    LEASE_MS_MAX as LEASE_MS_MAX,
+    LOOKUP_PROBES_MAX as LOOKUP_PROBES_MAX,
+    NAMESPACES_PER_LOOKUP_MAX as NAMESPACES_PER_LOOKUP_MAX,
+    NODE_ID_MAX as NODE_ID_MAX,
+    REASON_MAX as REASON_MAX,
+    REASONS_MAX as REASONS_MAX,
+    REQUEST_NAME_MAX as REQUEST_NAME_MAX,
+    Attempt as Attempt,
+    Count as Count,
+    DeadlineMs as DeadlineMs,
+    Extents as Extents,
+    Key as Key,
+    Keys as Keys,
+    Message as Message,
+    NamespaceId as NamespaceId,
+    Reason as Reason,
+    Reasons as Reasons,
+    RequestName as RequestName,
+)
+from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
+from kvstore.memorymessages import (
+    Map,
+    Mapped,
+    Memory,
+    Rails,
+    Renew,
+    RenewReply,
+    Share,
+    Unshare,
+)
 from kvstore.wire import METADATA_BYTES_MAX, FrameType
+from kvstore.words import (
+    AckLevel as AckLevel,
+    Channel as Channel,
+    FetchOutcome as FetchOutcome,
+    FetchSource as FetchSource,
+    Order as Order,
+    PutOutcome as PutOutcome,
+    Role as Role,
+    ServedBy as ServedBy,
+    Tier as Tier,
+)
 
-# Bounds the work of one frame on the server's loop to about 2 ms, and the size of a reply.
-KEYS_PER_REQUEST_MAX = 4096
-NAMESPACES_PER_LOOKUP_MAX = 256  # more ranks than any published deployment has
-# Keys times namespaces of one LOOKUP: 8 ranks for 4,096 keys twice over, about 5 ms of work.
-LOOKUP_PROBES_MAX = 65_536
-LEASE_MS_MAX = 60_000
-DEADLINE_MS_MAX = 600_000
-# The longest array in any message has an item a key (or a namespace of a daemon). Decoders
-# allocate what an array claims to hold, and arrays nest: 4,096 items are 32 KiB a level.
-ARRAY_ITEMS_MAX = KEYS_PER_REQUEST_MAX
 # The encoder allocates this for each message, by itself 256 KiB, and more where it is needed.
 ENCODE_BUFFER_BYTES = 1024
-# Names that engines give their requests: a UUID and some words around it.
-REQUEST_NAME_MAX = 256
-NODE_ID_MAX = 256
-ENDPOINT_MAX = 512  # a host name has 253 characters (RFC 1035), a path of a unix socket 107
-# What went wrong behind a server, told with the end of a request.
-REASONS_MAX = 8
-REASON_MAX = 300
 # Errors quote what a peer sent; the quotation of a megabyte helps nobody.
 ERROR_TEXT_MAX = 1000
-
-Key = Annotated[bytes, Meta(min_length=KEY_BYTES_MIN, max_length=KEY_BYTES_MAX)]
-NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NAMESPACE_ID_BYTES)]
-Keys = Annotated[list[Key], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
-#: Where blocks lie: so many keys of a request, one after the other, are of the extent whose
-#: first key is this one. Agents need it, since that key is often not among those of the
-#: request; daemons do not. Without it each key is an extent of its own.
-Extents = Annotated[
-    tuple[tuple[Annotated[int, Meta(ge=1, le=KEYS_PER_REQUEST_MAX)], Key], ...],
-    Meta(max_length=KEYS_PER_REQUEST_MAX),
-]
-Reason = Annotated[str, Meta(max_length=REASON_MAX)]
-Reasons = Annotated[tuple[Reason, ...], Meta(max_length=REASONS_MAX)]
-DeadlineMs = Annotated[int, Meta(ge=0, le=DEADLINE_MS_MAX)]
-Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
-RequestName = Annotated[str, Meta(min_length=1, max_length=REQUEST_NAME_MAX)]
-Attempt = Annotated[int, Meta(ge=0, le=(1 << 62))]
-
-
-class FetchOutcome(enum.IntEnum):
-    """How the fetch of one block ended."""
-
-    HIT = 0
-    """All asked-for bytes are in the buffer, and their checksums were verified."""
-    MISS = 1
-    """The block is not stored, or was evicted before it could be sent."""
-    CORRUPT = 2
-    """Bytes came, and do not match their checksums."""
-    TIMEOUT = 3
-    """The deadline came first."""
-    UNAVAILABLE = 4
-    """No peer that should have the block could be asked, or it failed on the way."""
-
-
-class PutOutcome(enum.IntEnum):
-    """How the put of one block ended."""
-
-    STORED = 0
-    """The block is stored as the acknowledgement level says."""
-    EXISTS = 1
-    """The same bytes were there already; nothing was sent."""
-    CONFLICT = 2
-    """Other bytes are stored under this key; the first stay. Not an error: recomputed KV
-    differs in bits."""
-    FULL = 3
-    """No space could be freed."""
-    TIMEOUT = 4
-    """The deadline came first."""
-    UNAVAILABLE = 5
-    """No peer that should take the block could be reached, or it failed on the way."""
-    CORRUPT = 6
-    """The bytes that arrived do not match the announced checksums; nothing was stored."""
-
-
-class Tier(enum.IntEnum):
-    """Where a block was found."""
-
-    NONE = 0
-    ARENA = 1
-    SEGMENT = 2
-    RELAY = 3
-    REMOTE = 4
-
-
-class ServedBy(enum.IntEnum):
-    """Which way a block came to the server that says so, or to the caller."""
-
-    UNKNOWN = 0
-    HELD = 1
-    """It was there."""
-    DIRECT = 2
-    RELAY = 3
-    PEER = 4
-
-
-class AckLevel(enum.StrEnum):
-    """What has happened to a block when its put is acknowledged."""
-
-    MEMORY = "memory"
-    """It is in the daemon's memory."""
-    WRITTEN = "written"
-    """It was handed to the operating system: survives a crash of the process."""
-    SYNCED = "synced"
-    """It is on the device: survives a loss of power."""
-
-
-class FetchSource(enum.StrEnum):
-    """Where the server of a fetch may take blocks from. A daemon has its own store only."""
-
-    ANY = "any"
-    """Whatever is best. At an agent for engines of its own node only: what it holds, the peer
-    that the request names, storage by both paths."""
-    RELAY = "relay"
-    """An agent: what it holds, and storage by its own storage link; never another agent."""
-    PEER = "peer"
-    """An agent: what it holds or is about to hold; never storage."""
-
-
-class Order(enum.StrEnum):
-    """Order in which the pieces of a fetch travel."""
-
-    BLOCK = "block"
-    LAYER = "layer"
-
-
-class Role(enum.StrEnum):
-    """What a peer is."""
-
-    CLIENT = "client"
-    AGENT = "agent"
-    DAEMON = "daemon"
-    CONTROL = "control"
-
-
-class Channel(enum.StrEnum):
-    """What a connection is for. Reports and cancels never travel behind data."""
-
-    CONTROL = "control"
-    DATA = "data"
-
-
-class Message(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Base of all messages."""
 
 
 class Limits(Message, frozen=True, kw_only=True):
@@ -206,7 +111,14 @@ class Hello(Message, frozen=True, kw_only=True):
 
 
 class Welcome(Message, frozen=True, kw_only=True):
-    """The server's answer to HELLO."""
+    """The server's answer to HELLO.
+
+    Attributes:
+        capabilities: Ways into memory that it offers on this connection: `SHM`, `RDMA`, `VIEWS`
+            of `kvstore.memorymessages`.
+        host: What tells this host from others, "" if it has nothing to offer there.
+        local: Its unix socket, for clients on this host.
+    """
 
     version: int
     node_id: str
@@ -214,6 +126,8 @@ class Welcome(Message, frozen=True, kw_only=True):
     role: Role
     capabilities: tuple[str, ...] = ()
     limits: Limits = Limits()
+    host: Annotated[str, Meta(max_length=64)] = ""
+    local: Annotated[str, Meta(max_length=ENDPOINT_MAX)] = ""
 
 
 class OpenNamespace(Message, frozen=True, kw_only=True):
@@ -296,7 +210,9 @@ class Fetch(Message, frozen=True, kw_only=True):
     """Asks for layers `[layer_first, layer_last)` of blocks; DATA frames and DONE answer.
 
     `group_layers` cuts the layers into groups for order=layer, 0 with order=block.
-    `priority`: lower goes first among the requests of one connection.
+    `priority`: lower goes first among the requests of one connection. With `memory` the payload
+    goes there by the way that the session has agreed on (RDMA, shared memory), and its DATA
+    frames are only news of it.
 
     The rest is for agents; daemons ignore it.
 
@@ -326,6 +242,42 @@ class Fetch(Message, frozen=True, kw_only=True):
     wait_ms: DeadlineMs = 0
     hops: Annotated[int, Meta(ge=0, le=255)] = 0
     extents: Extents = ()
+    memory: Memory | None = None
+
+
+class View(Message, frozen=True, kw_only=True):
+    """Asks for blocks in the server's own memory, which MAP has made readable here: for local
+    clients only. The reply comes when each block is there or has failed.
+
+    Attributes:
+        fetch: Which blocks, as a FETCH asks; its layers all of them, `group_layers` and `memory`
+            without meaning.
+        lease_ms: How long they stay as they are, until RELEASE; RENEW makes it longer.
+        verify: Whether they are compared with their checksums first.
+    """
+
+    fetch: Fetch
+    lease_ms: Annotated[int, Meta(ge=1, le=LEASE_MS_MAX)] = 10_000
+    verify: bool = True
+
+
+class ViewReply(Message, frozen=True, kw_only=True):
+    """Where the blocks are.
+
+    Attributes:
+        done: As of a FETCH.
+        offsets: For each key 8 bytes, little-endian: where the block begins in the mapped
+            memory; without meaning for those that are no hit.
+        lease: Keeps all of them; 0 if there is no hit.
+        lease_ms: How long it holds: less than was asked for where the server grants no more.
+        verify_us: What the comparison with the checksums took.
+    """
+
+    done: Done
+    offsets: bytes
+    lease: int = 0
+    lease_ms: Count = 0
+    verify_us: Count = 0
 
 
 class Data(Message, frozen=True, kw_only=True):
@@ -336,10 +288,16 @@ class Data(Message, frozen=True, kw_only=True):
             the first byte is in this frame, in order. Empty in a put (PUT announced them).
         failed: Indices of keys of which nothing (more) will come; DONE says why. Early news
             for a reader that waits for one layer of all blocks.
+        corrupt: With the flag VERIFIED, indices of keys that do not match their checksums in
+            the asker's memory.
+        run: With the flag PLACED and above 0: the payload is there when the immediate of this
+            number has come by RDMA, which may be before or after this frame.
     """
 
     checksums: bytes = b""
     failed: Annotated[tuple[int, ...], Meta(max_length=KEYS_PER_REQUEST_MAX)] = ()
+    corrupt: Annotated[tuple[int, ...], Meta(max_length=KEYS_PER_REQUEST_MAX)] = ()
+    run: Annotated[int, Meta(ge=0, le=0xFFFFFFFF)] = 0
 
 
 class Done(Message, frozen=True, kw_only=True):
@@ -353,6 +311,7 @@ class Done(Message, frozen=True, kw_only=True):
         plan: Why an agent took which way, for people.
         queued_us: From the arrival of the request until its first byte was sent.
         service_us: From then until the last.
+        lost_runs: Runs of DATA frames whose payload will never come by RDMA.
         report: The server's load at this moment.
     """
 
@@ -363,6 +322,9 @@ class Done(Message, frozen=True, kw_only=True):
     plan: Annotated[str, Meta(max_length=ERROR_TEXT_MAX + 1)] = ""
     queued_us: Count = 0
     service_us: Count = 0
+    lost_runs: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=0xFFFFFFFF)], ...], Meta(max_length=ARRAY_ITEMS_MAX)
+    ] = ()
     report: LoadReport | None = None
 
 
@@ -376,6 +338,7 @@ class Put(Message, frozen=True, kw_only=True):
         layer_first, layer_last: Layers of an offer; a block may be offered in several. Both 0
             for all, as it must be with what is to be stored.
         lease_ms: How long an offer is kept.
+        memory: The server takes the bytes from there by itself; no WANT, no DATA.
     """
 
     namespace: NamespaceId
@@ -388,6 +351,7 @@ class Put(Message, frozen=True, kw_only=True):
     layer_last: Annotated[int, Meta(ge=0, le=1024)] = 0
     lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
     extents: Extents = ()
+    memory: Memory | None = None
 
 
 class Want(Message, frozen=True, kw_only=True):
@@ -505,7 +469,7 @@ class Status(Message, frozen=True, kw_only=True):
     role: Role
     uptime_s: float
     report: LoadReport
-    counters: dict[str, int] = {}
+    counters: dict[str, int] = msgspec.field(default_factory=dict)
 
 
 class PoolAction(enum.StrEnum):
@@ -611,6 +575,12 @@ REQUESTS: dict[FrameType, type[Message]] = {
     FrameType.STATUS: Empty,
     FrameType.PING: Empty,
     FrameType.POOL: Pool,
+    FrameType.SHARE: Share,
+    FrameType.UNSHARE: Unshare,
+    FrameType.MAP: Map,
+    FrameType.RAILS: Rails,
+    FrameType.VIEW: View,
+    FrameType.RENEW: Renew,
 }
 
 #: What the metadata of each frame from a server holds.
@@ -633,6 +603,12 @@ REPLIES: dict[FrameType, type[Message]] = {
     FrameType.STATUS: Status,
     FrameType.PING: Empty,
     FrameType.POOL: Pools,
+    FrameType.SHARE: Empty,
+    FrameType.UNSHARE: Empty,
+    FrameType.MAP: Mapped,
+    FrameType.RAILS: Rails,
+    FrameType.VIEW: ViewReply,
+    FrameType.RENEW: RenewReply,
     FrameType.GOAWAY: Goaway,
     FrameType.ERROR: Error,
 }

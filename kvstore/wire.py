@@ -26,6 +26,10 @@ offset` say where the payload of a DATA frame belongs (see `kvstore.layout.Piece
 are in the header and not in the metadata so that the receiver knows the destination before
 it reads the payload, and reads it there with one system call. They are zero in other frames,
 and only DATA frames have a payload.
+
+A DATA frame with the flag PLACED is news of bytes that came, or come, another way: into
+memory that the asker has named (RDMA, shared memory). Its payload length counts them, and
+nothing follows the metadata.
 """
 
 from __future__ import annotations
@@ -55,6 +59,8 @@ METADATA_BYTES_MAX = 1024 * 1024
 # Large enough that Python's cost a frame vanishes, small enough that a CANCEL, a report or
 # another request waits for no more than 1 ms at 10 Gbit/s.
 PAYLOAD_BYTES_MAX = 1024 * 1024
+# Of bytes that are not in the stream: nobody waits behind them. Any block whole.
+PLACED_BYTES_MAX = 256 * 1024 * 1024
 
 
 class FrameType(enum.IntEnum):
@@ -85,6 +91,12 @@ class FrameType(enum.IntEnum):
     GOAWAY = 23
     ERROR = 24
     POOL = 25
+    SHARE = 26
+    UNSHARE = 27
+    MAP = 28
+    RAILS = 29
+    VIEW = 30
+    RENEW = 31
 
 
 class Flags(enum.IntFlag):
@@ -92,10 +104,14 @@ class Flags(enum.IntFlag):
 
     NONE = 0
     REPLY = 1
+    PLACED = 2
+    """Of DATA: the payload is no part of the stream."""
+    VERIFIED = 4
+    """Beside PLACED: the sender has compared the bytes with their checksums where they lie."""
 
 
 _TYPES = {int(member): member for member in FrameType}
-_FLAGS_KNOWN = int(Flags.REPLY)
+_FLAGS_KNOWN = int(Flags.REPLY | Flags.PLACED | Flags.VERIFIED)
 
 
 class Header(NamedTuple):
@@ -109,6 +125,11 @@ class Header(NamedTuple):
     piece: int
     piece_offset: int
     metadata_checksum: int
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of payload that follow the metadata in the stream."""
+        return 0 if self.flags & Flags.PLACED else self.payload_length
 
 
 def encode_header(
@@ -129,9 +150,10 @@ def encode_header(
         raise LocalProtocolError(
             f"{type.name}: metadata of {len(metadata)} bytes, the limit is {METADATA_BYTES_MAX}"
         )
-    if payload_length > PAYLOAD_BYTES_MAX:
+    payload_bytes_max = PLACED_BYTES_MAX if flags & Flags.PLACED else PAYLOAD_BYTES_MAX
+    if payload_length > payload_bytes_max:
         raise LocalProtocolError(
-            f"{type.name}: payload of {payload_length} bytes, the limit is {PAYLOAD_BYTES_MAX}"
+            f"{type.name}: payload of {payload_length} bytes, the limit is {payload_bytes_max}"
         )
     body = _HEADER_BODY.pack(
         MAGIC,
@@ -196,9 +218,12 @@ def decode_header(data: bytes | bytearray | memoryview) -> Header:
         raise RemoteProtocolError(
             f"metadata of {metadata_length} bytes, the limit is {METADATA_BYTES_MAX}"
         )
-    if payload_length > PAYLOAD_BYTES_MAX:
+    if flags > Flags.REPLY and (frame_type is not FrameType.DATA or not flags & Flags.PLACED):
+        raise RemoteProtocolError(f"flags {flags:#06x} of a {frame_type.name}: only DATA is placed")
+    payload_bytes_max = PLACED_BYTES_MAX if flags & Flags.PLACED else PAYLOAD_BYTES_MAX
+    if payload_length > payload_bytes_max:
         raise RemoteProtocolError(
-            f"payload of {payload_length} bytes, the limit is {PAYLOAD_BYTES_MAX}"
+            f"payload of {payload_length} bytes, the limit is {payload_bytes_max}"
         )
     if frame_type is not FrameType.DATA and (payload_length or piece or piece_offset):
         raise RemoteProtocolError(

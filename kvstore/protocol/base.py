@@ -16,8 +16,10 @@ from kvstore.messages import (
     Data,
     encode,
 )
+from kvstore.protocol.placing import Placed
 from kvstore.wire import (
     HEADER_BYTES,
+    Flags,
     FrameType,
     Header,
     encode_header,
@@ -96,3 +98,22 @@ class FrameProtocol(abc.ABC):
             HEADER_BYTES + len(metadata) + chunk.length,
             chunk.release,
         )
+
+    def _send_placed(self, request_id: int, news: Placed) -> None:
+        data = news.data
+        metadata = b"" if data == _NO_DATA else encode(data)
+        flags = Flags.PLACED | Flags.VERIFIED if news.verified else Flags.PLACED
+        header = encode_header(
+            FrameType.DATA,
+            request_id,
+            metadata,
+            news.length,
+            news.piece,
+            news.piece_offset,
+            flags,
+        )
+        self.writer.push((header + metadata,), HEADER_BYTES + len(metadata))
+        self.on_output()
+
+
+_NO_DATA = Data()

@@ -66,9 +66,10 @@ class _Call:
 
     Args:
         item_count: Keys or leases that the reply says something of, each.
+        placed: Whether the request named memory where the server may put its payload.
     """
 
-    __slots__ = ("item_count", "on_reply", "on_report", "replied", "transfer", "type")
+    __slots__ = ("item_count", "on_reply", "on_report", "placed", "replied", "transfer", "type")
 
     def __init__(
         self,
@@ -77,7 +78,9 @@ class _Call:
         transfer: FetchTransfer | PutTransfer | None = None,
         on_report: Callable[[LoadReport], None] | None = None,
         item_count: int = 0,
+        placed: bool = False,
     ) -> None:
+        self.placed = placed
         self.type = type
         self.item_count = item_count
         self.replied = False
@@ -141,7 +144,9 @@ class ClientProtocol(FrameProtocol):
         on_reply: Callable[[Reply], None],
     ) -> None:
         """Send a FETCH. `on_reply` gets the DONE after `transfer.done` has taken it."""
-        self._begin(request_id, message, _Call(FrameType.FETCH, on_reply, transfer))
+        placed = message.memory is not None
+        call = _Call(FrameType.FETCH, on_reply, transfer, placed=placed)
+        self._begin(request_id, message, call)
 
     def put(
         self,
@@ -156,8 +161,9 @@ class ClientProtocol(FrameProtocol):
     def abandon(self, request_id: int) -> None:
         """Give up the memory of a fetch or a put at once; its DONE may still come.
 
-        After this call nothing is written into the memory of a fetch. The memory of a put
-        is free when its transfer is `idle`.
+        After this call nothing is written into the memory of a fetch, unless the request has
+        named it to the server: then it is free when `on_reply` is called. The memory of a put
+        is free when its transfer is `idle`, and in the same case at `on_reply` too.
         """
         call = self._calls.get(request_id)
         if call is None:
@@ -242,6 +248,14 @@ class ClientProtocol(FrameProtocol):
             )
         self._reply(header, message, call)
 
+    def _placed(self, header: Header, data: Data, call: _Call, transfer: FetchTransfer) -> None:
+        if not call.placed:
+            raise RemoteProtocolError("DATA is placed, and the request named no memory")
+        if data.run:
+            raise RemoteProtocolError(f"DATA of run {data.run}, and there are no rails")
+        verified = bool(header.flags & Flags.VERIFIED)
+        transfer.placed(header, data.checksums, data.failed, data.corrupt, verified)
+
     def _handshake(self, message: Message) -> None:
         if isinstance(message, Error):
             raise error_to_exception(message)
@@ -271,7 +285,10 @@ class ClientProtocol(FrameProtocol):
         elif isinstance(message, Data):
             if not isinstance(transfer, FetchTransfer):
                 raise RemoteProtocolError("DATA for a request that is no fetch")
-            transfer.data(header, message.checksums, message.failed)
+            if header.flags & Flags.PLACED:
+                self._placed(header, message, call, transfer)
+            else:
+                transfer.data(header, message.checksums, message.failed)
         elif isinstance(message, Want):
             if not isinstance(transfer, PutTransfer):
                 raise RemoteProtocolError("WANT for a request that is no put")

@@ -7,10 +7,12 @@ import bisect
 import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
-from kvstore.blocksource import FetchStream, PutStream
+from kvstore.blocksource import Chunk, FetchStream, PutStream
 from kvstore.errorcodes import exception_to_error
 from kvstore.errors import (
     KVStoreError,
@@ -34,6 +36,7 @@ from kvstore.messages import (
     decode,
 )
 from kvstore.protocol.base import FrameProtocol
+from kvstore.protocol.placing import FetchSink, PutPuller
 from kvstore.wire import (
     METADATA_BYTES_MAX,
     PAYLOAD_BYTES_MAX,
@@ -59,6 +62,8 @@ HELLO_BYTES_MAX = 16 * 1024
 # Chunks and ends of fetches in one `fill`, then other connections have their turn: at most a
 # few ms, while 32 chunks of 64 blocks are far more than a socket takes.
 STEPS_PER_FILL_MAX = 32
+# Bytes that are copied into and out of askers' memory in one `fill`: about 0.5 ms.
+PLACED_BYTES_PER_FILL_MAX = 4 * 1024 * 1024
 # Puts that are given room in one go. Each may have 4,096 keys to look at, about 2 ms.
 PUTS_PER_TURN_MAX = 4
 # Ids of puts that ended while their bytes may still be arriving. A client stops sending when
@@ -98,19 +103,39 @@ class ServerHooks(abc.ABC):
         """A put has all outcomes: make its PUT_DONE."""
 
 
+class _Serving(NamedTuple):
+    """A fetch under way; they are served by priority, then arrival."""
+
+    priority: int
+    arrival: int
+    request_id: int
+    stream: FetchStream
+    sink: FetchSink | None
+
+    def next_chunk(self) -> Chunk | None:
+        """What can be brought or sent now."""
+        if self.sink is None:
+            return self.stream.next_chunk(PAYLOAD_BYTES_MAX)
+        return self.stream.next_chunk(self.sink.chunk_bytes) if self.sink.accepts else None
+
+
 class _PutReceiver:
     """Bytes of one put on their way into reserved blocks.
 
     Attributes:
+        puller: Takes them out of the asker's memory; None if the asker sends them.
         filled: For each block under way, how many of its bytes have a place.
         reserved_bytes: What the stream had reserved when it was last asked.
+        ending: How it ends as soon as the puller is idle; None while it goes on.
     """
 
-    __slots__ = ("block_bytes", "filled", "reserved_bytes", "stream")
+    __slots__ = ("block_bytes", "ending", "filled", "puller", "reserved_bytes", "stream")
 
-    def __init__(self, stream: PutStream, block_bytes: int) -> None:
+    def __init__(self, stream: PutStream, block_bytes: int, puller: PutPuller | None) -> None:
         self.stream = stream
         self.block_bytes = block_bytes
+        self.puller = puller
+        self.ending: PutOutcome | None = None
         self.filled: dict[int, int] = {}
         self.reserved_bytes = 0
 
@@ -131,6 +156,19 @@ class _PutReceiver:
             index += 1
             offset = 0
         return views
+
+    def stop(self, outcome: PutOutcome) -> None:
+        """End early: at once, or as soon as nobody writes into its blocks any more."""
+        if self.ending is None:
+            self.ending = outcome
+            if self.puller is not None:
+                self.puller.stop()
+        self.end_if_idle()
+
+    def end_if_idle(self) -> None:
+        """Stop the stream if that is to be, and nothing is under way any more."""
+        if self.ending is not None and (self.puller is None or self.puller.idle):
+            self.stream.stop(self.ending)
 
     def completed(self, header: Header) -> list[int]:
         """Blocks whose last byte was in this frame."""
@@ -161,11 +199,13 @@ class ServerProtocol(FrameProtocol):
         self.peer: Hello | None = None
         self._hooks = hooks
         self._in_flight_bytes_max = in_flight_bytes_max
-        # Fetches in the order in which they are served: by priority, then arrival.
-        self._fetches: list[tuple[int, int, int, FetchStream]] = []
+        # In the order in which they are served.
+        self._fetches: list[_Serving] = []
         self._arrivals = 0
         self._waiting: set[int] = set()  # fetches of which nothing was sent yet
         self._puts: dict[int, _PutReceiver] = {}
+        self._pulling: dict[int, PutPuller] = {}  # of those whose blocks are not sent
+        self._pulls_asked = False
         self._reserved_bytes = 0  # of all puts
         # Puts that may want more blocks, in the order in which they get room for them; and
         # whether there is room that nobody was given yet.
@@ -186,7 +226,8 @@ class ServerProtocol(FrameProtocol):
     @property
     def fetch_queued_bytes(self) -> int:
         """Bytes of fetches that were not sent yet, those in the writer included."""
-        return self.writer.queued_bytes + sum(entry[3].queued_bytes for entry in self._fetches)
+        queued = sum(serving.stream.queued_bytes for serving in self._fetches)
+        return self.writer.queued_bytes + queued
 
     def reply(self, type: FrameType, request_id: int, message: msgspec.Struct) -> None:
         """Answer a request."""
@@ -204,96 +245,167 @@ class ServerProtocol(FrameProtocol):
         """Tell the peer to send no new requests."""
         self._send(FrameType.GOAWAY, 0, Goaway(reason=reason))
 
-    def add_fetch(self, request_id: int, stream: FetchStream, priority: int) -> None:
-        """Serve a fetch after those of the same or a more urgent priority."""
+    def add_fetch(
+        self,
+        request_id: int,
+        stream: FetchStream,
+        priority: int,
+        sink: FetchSink | None = None,
+    ) -> None:
+        """Serve a fetch after those of the same or a more urgent priority.
+
+        Args:
+            sink: Brings its bytes into the asker's memory; without it they are sent.
+        """
         self.check_room(request_id)
         stream.on_ready = self.on_output
+        if sink is not None:
+            sink.on_news = partial(self._send_placed, request_id)
+            sink.on_ready = self.on_output
         self._arrivals += 1
         self._hold(request_id)
         self._waiting.add(request_id)
-        bisect.insort(
-            self._fetches, (priority, self._arrivals, request_id, stream), key=lambda e: e[:2]
-        )
+        serving = _Serving(priority, self._arrivals, request_id, stream, sink)
+        bisect.insort(self._fetches, serving, key=lambda entry: entry[:2])
         self.on_output()
 
-    def add_put(self, request_id: int, stream: PutStream, block_bytes: int) -> None:
-        """Take a put: ask for its blocks as the budget allows."""
+    def add_put(
+        self,
+        request_id: int,
+        stream: PutStream,
+        block_bytes: int,
+        puller: PutPuller | None = None,
+    ) -> None:
+        """Take a put: ask for its blocks, or let the puller bring them, as the budget allows."""
         self.check_room(request_id)
         self._hold(request_id)
         stream.on_decided = lambda: self._put_moved(request_id)
-        self._puts[request_id] = _PutReceiver(stream, block_bytes)
+        self._puts[request_id] = _PutReceiver(stream, block_bytes, puller)
+        if puller is not None:
+            puller.on_pulled = partial(self._pulled, request_id)
+            puller.on_ready = partial(self._puller_ready, request_id)
+            self._pulling[request_id] = puller
         if self._wanting_puts:
             stream.reserve(0)  # what needs no room does not wait for those that do
         self._put_moved(request_id)
 
     def stop_request(self, request_id: int, timed_out: bool = True) -> bool:
         """End a fetch or a put early; its DONE or PUT_DONE follows. False: not under way."""
-        for _, _, fetch_id, fetch in self._fetches:
-            if fetch_id == request_id:
-                fetch.stop(FetchOutcome.TIMEOUT if timed_out else FetchOutcome.UNAVAILABLE)
+        for serving in self._fetches:
+            if serving.request_id == request_id:
+                outcome = FetchOutcome.TIMEOUT if timed_out else FetchOutcome.UNAVAILABLE
+                serving.stream.stop(outcome)
                 self.on_output()
                 return True
         put = self._puts.get(request_id)
         if put is None:
             return False
         self.reader.divert(request_id)
-        put.stream.stop(PutOutcome.TIMEOUT if timed_out else PutOutcome.UNAVAILABLE)
+        put.stop(PutOutcome.TIMEOUT if timed_out else PutOutcome.UNAVAILABLE)
         self._put_moved(request_id)
         return True
 
     def fill(self) -> None:
         if self._room_left:
             self._pump_puts()
+        left_bytes = self._pull(PLACED_BYTES_PER_FILL_MAX)
         writer = self.writer
         position = steps = 0
         while position < len(self._fetches) and writer.queued_bytes < FILL_BYTES:
-            if steps == STEPS_PER_FILL_MAX:
+            if steps == STEPS_PER_FILL_MAX or left_bytes <= 0:
                 self.unfilled = True
                 return
             steps += 1
-            _, _, request_id, stream = self._fetches[position]
-            chunk = stream.next_chunk(PAYLOAD_BYTES_MAX)
+            serving = self._fetches[position]
+            request_id, sink = serving.request_id, serving.sink
+            if sink is not None and sink.failure is not None and not serving.stream.finished:
+                serving.stream.stop(FetchOutcome.UNAVAILABLE)
+            chunk = serving.next_chunk()
             if chunk is not None:
                 if request_id in self._waiting:
                     self._waiting.remove(request_id)
                     self._hooks.fetch_begins(request_id)
-                self._send_chunk(request_id, chunk)
-            elif stream.finished:
+                if sink is None:
+                    self._send_chunk(request_id, chunk)
+                else:
+                    left_bytes -= chunk.length if sink.works else 0
+                    sink.take(chunk)
+                continue
+            if sink is not None:
+                sink.flush()
+            if serving.stream.finished and (sink is None or sink.idle):
                 del self._fetches[position]
-                self._waiting.discard(request_id)
-                self._let_go(request_id)
-                self._send(FrameType.DONE, request_id, self._hooks.fetch_done(request_id, stream))
+                self._end_fetch(serving)
             else:
-                position += 1  # waits for its source; others may go on
+                position += 1  # waits for its source, or its sink; others may go on
                 steps -= 1
-        self.unfilled = self._room_left
+        self.unfilled = self._room_left or left_bytes <= 0 or self._pulls_asked
+
+    def _pull(self, left_bytes: int) -> int:
+        """Let the pullers work, up to so many bytes; how many are left."""
+        while self._pulls_asked and left_bytes > 0:
+            self._pulls_asked = False
+            for puller in list(self._pulling.values()):
+                left_bytes -= puller.work(left_bytes)
+                if left_bytes <= 0:
+                    self._pulls_asked = True
+                    break
+        return left_bytes
+
+    def _end_fetch(self, serving: _Serving) -> None:
+        request_id = serving.request_id
+        self._waiting.discard(request_id)
+        self._let_go(request_id)
+        done = self._hooks.fetch_done(request_id, serving.stream)
+        if serving.sink is not None:
+            done = serving.sink.amend(done)
+        self._send(FrameType.DONE, request_id, done)
 
     def lost(self, error: Exception) -> None:
         self.lost_by = error
         fetches, self._fetches = self._fetches, []
         self._waiting.clear()
         puts, self._puts = self._puts, {}
+        self._pulling.clear()
         self._wanting_puts.clear()
-        self._room_left = self.unfilled = False
+        self._room_left = self._pulls_asked = self.unfilled = False
         self._held.clear()
         # The last one first; all of them, even if one fails.
         with contextlib.ExitStack() as ending:
             ending.callback(self.writer.abort)
             for request_id, put in puts.items():
                 self.reader.divert(request_id)
-                ending.callback(self._hooks.put_done, request_id, put.stream)
-                ending.callback(put.stream.stop, PutOutcome.UNAVAILABLE)
-            for _, _, request_id, fetch in fetches:
-                ending.callback(self._hooks.fetch_done, request_id, fetch)
-                ending.callback(fetch.stop, FetchOutcome.UNAVAILABLE)
+                ending.callback(self._lose_put, request_id, put)
+            for serving in fetches:
+                ending.callback(self._hooks.fetch_done, serving.request_id, serving.stream)
+                ending.callback(serving.stream.stop, FetchOutcome.UNAVAILABLE)
+                if serving.sink is not None:
+                    ending.callback(serving.sink.close)
+
+    def _lose_put(self, request_id: int, put: _PutReceiver) -> None:
+        """End a put of a connection that is gone, when nobody writes into its blocks any more."""
+        puller = put.puller
+
+        def end_if_idle() -> None:
+            if not put.stream.finished:
+                put.end_if_idle()
+            if put.stream.finished and puller is not None:
+                puller.on_ready = _nothing
+
+        if puller is not None:
+            puller.on_pulled = _forget
+            puller.on_ready = end_if_idle
+        put.stop(PutOutcome.UNAVAILABLE)
+        if put.stream.finished:
+            self._hooks.put_done(request_id, put.stream)
 
     def refuse(self, error: Exception) -> None:
         # The connection lingers until the peer has read why; what it holds does not.
         for request_id, put in self._puts.items():
             self.reader.divert(request_id)
-            put.stream.stop(PutOutcome.UNAVAILABLE)
-        for *_, fetch in self._fetches:
-            fetch.stop(FetchOutcome.UNAVAILABLE)
+            put.stop(PutOutcome.UNAVAILABLE)
+        for serving in self._fetches:
+            serving.stream.stop(FetchOutcome.UNAVAILABLE)
         self._send(FrameType.ERROR, 0, exception_to_error(error))
 
     def check_room(self, request_id: int) -> None:
@@ -303,12 +415,14 @@ class ServerProtocol(FrameProtocol):
                 f"{self.request_count} requests under way on this connection,"
                 f" the limit is {REQUESTS_PER_CONNECTION_MAX}"
             )
-        if request_id in self._puts or any(e[2] == request_id for e in self._fetches):
+        if request_id in self._puts or any(
+            serving.request_id == request_id for serving in self._fetches
+        ):
             raise RemoteProtocolError(f"request id {request_id} is in use")
 
     def _route(self, header: Header) -> Sequence[memoryview]:
         put = self._puts.get(header.request_id)
-        if put is not None:
+        if put is not None and put.puller is None:
             return put.route(header)
         if header.request_id in self._ended_puts:
             return self.reader.scratch(header.payload_length)
@@ -363,12 +477,34 @@ class ServerProtocol(FrameProtocol):
             if header.request_id not in self._ended_puts:
                 raise RemoteProtocolError(f"DATA for request {header.request_id}, which is no put")
             return
+        if put.puller is not None:
+            raise RemoteProtocolError(f"DATA for put {header.request_id}, whose memory was named")
         for index in put.completed(header):
             if put.stream.target(index) is not None:
                 put.stream.received(index)
         self._put_moved(header.request_id)
 
     # --- puts share the room ---------------------------------------------------------------
+
+    def _pulled(self, request_id: int, index: int) -> None:
+        """A puller has brought a block."""
+        put = self._puts.get(request_id)
+        if put is not None and put.stream.target(index) is not None:
+            put.stream.received(index)
+            self._put_moved(request_id)
+
+    def _puller_ready(self, request_id: int) -> None:
+        """A puller has something to do, has failed, or has become idle."""
+        put = self._puts.get(request_id)
+        if put is None:
+            return
+        if put.puller is not None and put.puller.failure is not None and put.ending is None:
+            put.stop(PutOutcome.UNAVAILABLE)
+            self._put_moved(request_id)
+        elif put.ending is not None:
+            put.end_if_idle()
+            self._put_moved(request_id)
+        self.on_output()
 
     def _put_moved(self, request_id: int) -> None:
         """A put is new, has got a block, or has new outcomes: end it or let it go on."""
@@ -378,8 +514,10 @@ class ServerProtocol(FrameProtocol):
         self._count_reserved(put)
         if put.stream.finished:
             self._end_put(request_id, put)
-        else:
+        elif put.ending is None:
             self._wanting_puts.setdefault(request_id)
+        else:
+            self._wanting_puts.pop(request_id, None)
         self._pump_puts()
 
     def _pump_puts(self) -> None:
@@ -401,14 +539,27 @@ class ServerProtocol(FrameProtocol):
             self._count_reserved(put)
             if indices:
                 wanting[request_id] = None  # it may want more; others come first
-                self._send(FrameType.WANT, request_id, Want(indices=tuple(indices)))
+                self._ask_for(request_id, put, indices)
             elif put.stream.finished:
                 self._end_put(request_id, put)
         self._room_left = bool(wanting)
         self.on_output()
 
+    def _ask_for(self, request_id: int, put: _PutReceiver, indices: Sequence[int]) -> None:
+        """Have blocks brought that have room now."""
+        if put.puller is None:
+            self._send(FrameType.WANT, request_id, Want(indices=tuple(indices)))
+            return
+        for index in indices:
+            target = put.stream.target(index)
+            assert target is not None, "it was reserved just now"
+            put.puller.pull(index, target)
+        self._pulls_asked = True
+        self.on_output()
+
     def _end_put(self, request_id: int, put: _PutReceiver) -> None:
         del self._puts[request_id]
+        self._pulling.pop(request_id, None)
         self._wanting_puts.pop(request_id, None)
         self._let_go(request_id)
         self._ended_puts[request_id] = None
@@ -440,3 +591,11 @@ class ServerProtocol(FrameProtocol):
 
 
 _HELD_TYPES = frozenset({FrameType.FETCH, FrameType.PUT})
+
+
+def _nothing() -> None:
+    """Called where there is nothing to do."""
+
+
+def _forget(index: int) -> None:
+    """Called with a block that nobody wants any more."""

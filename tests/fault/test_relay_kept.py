@@ -63,8 +63,7 @@ from tests.support.cluster import (
 )
 from tests.support.engine import key, layout
 from tests.support.peers import FETCH, proxied
-from tests.support.processes import agent as agent_process
-from tests.support.processes import daemon as daemon_process
+from tests.support.processes import agent as agent_process, daemon as daemon_process
 from tests.support.rawpeer import RawPeer
 from tests.support.tree import PACKAGES, ROOT
 

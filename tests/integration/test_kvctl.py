@@ -22,8 +22,7 @@ import pytest
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import TransportTimeout
 from kvstore.loadreport import LoadReport, NodeState
-from kvstore.messages import Error, ErrorCode, Message, Role
-from kvstore.messages import Status as StatusMessage
+from kvstore.messages import Error, ErrorCode, Message, Role, Status as StatusMessage
 from kvstore.wire import Flags, FrameType, Header
 from kvstore_client.ctl import ping, status, top
 from kvstore_client.ctl.attention import Attention

@@ -7,8 +7,7 @@ that nobody keeps; one that is kept has the bytes that were written when it was 
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from kvstore.layout import Layout

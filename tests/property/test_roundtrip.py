@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kvstore.errors import LocalProtocolError
+from kvstore.errors import LocalProtocolError, RemoteProtocolError
 from kvstore.framing import FrameReader
 from kvstore.layout import (
     Geometry,
@@ -127,6 +126,10 @@ def test_headers(
     flags: int,
 ) -> None:
     place = (payload_length, piece, piece_offset) if type is FrameType.DATA else (0, 0, 0)
+    if flags > Flags.REPLY and (type is not FrameType.DATA or not flags & Flags.PLACED):
+        with pytest.raises(RemoteProtocolError, match="only DATA is placed"):
+            decode_header(encode_header(type, request_id, metadata, *place, flags))
+        return
     header = decode_header(encode_header(type, request_id, metadata, *place, flags))
     assert header[:4] == (type, flags, request_id, len(metadata))
     assert header[4:7] == place

@@ -7,8 +7,7 @@ import random
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvstore.loadreport import LinkLoad, LoadReport, NodeState, ReportTable, RequesterLoad
 from kvstore_client.selector import DRAWS, Inflight, Plan, Policy, Request, Selector, Span

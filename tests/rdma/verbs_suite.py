@@ -37,17 +37,9 @@ from kvstore.transport.verbs import (
 )
 from tests.rdma.rails_suite import (
     FLUSHED as FLUSHED,
-)
-from tests.rdma.rails_suite import (
     NO_ACCESS as NO_ACCESS,
-)
-from tests.rdma.rails_suite import (
     NO_ANSWER as NO_ANSWER,
-)
-from tests.rdma.rails_suite import (
     SUCCESS as SUCCESS,
-)
-from tests.rdma.rails_suite import (
     RailTests,
     fill,
 )

@@ -13,6 +13,18 @@ from kvstore.loadreport import (
     NodeState,
     RequesterLoad,
 )
+from kvstore.memorymessages import (
+    Map,
+    Mapped,
+    Memory,
+    MemoryRegion,
+    RailAddress,
+    Rails,
+    Renew,
+    RenewReply,
+    Share,
+    Unshare,
+)
 from kvstore.messages import (
     AckLevel,
     Cancel,
@@ -53,6 +65,8 @@ from kvstore.messages import (
     Role,
     Status,
     Subscribe,
+    View,
+    ViewReply,
     Want,
     Welcome,
 )
@@ -138,6 +152,27 @@ FROM_CLIENT: dict[FrameType, msgspec.Struct] = {
     FrameType.POOL: Pool(
         action=PoolAction.SET_CAPACITY, pool="pool", generation=bytes(32), capacity_bytes=1 << 62
     ),
+    FrameType.SHARE: Share(number=3, size_bytes=1 << 40),
+    FrameType.UNSHARE: Unshare(number=0xFFFFFFFF),
+    FrameType.MAP: Map(namespace=NAMESPACE),
+    FrameType.RAILS: Rails(rails=(RailAddress(number=17, psn=5, gid="::ffff:10.0.0.1"),)),
+    FrameType.VIEW: View(
+        fetch=Fetch(
+            namespace=NAMESPACE,
+            keys=KEYS,
+            layer_first=0,
+            layer_last=3,
+            deadline_ms=5000,
+            memory=Memory(
+                regions=(MemoryRegion(keys=(1, 2), address=4096, size_bytes=1 << 20),),
+                places=bytes(36),
+                layered=True,
+            ),
+        ),
+        lease_ms=1000,
+        verify=False,
+    ),
+    FrameType.RENEW: Renew(leases=(1, 1 << 61), lease_ms=1),
 }
 
 _INFO = NamespaceInfo(
@@ -162,7 +197,7 @@ FROM_SERVER: dict[FrameType, msgspec.Struct] = {
     FrameType.OPEN_NAMESPACE: Namespaces(namespaces=(_INFO,)),
     FrameType.NAMESPACES: Namespaces(namespaces=()),
     FrameType.LOOKUP: LookupReply(bitmap=b"\x05", lease=9),
-    FrameType.DATA: Data(checksums=bytes(range(24)), failed=(2,)),
+    FrameType.DATA: Data(checksums=bytes(range(24)), failed=(2,), corrupt=(1,), run=9),
     FrameType.DONE: Done(
         outcomes=b"\1\1\4",
         tiers=b"\0\0\0",
@@ -199,6 +234,18 @@ FROM_SERVER: dict[FrameType, msgspec.Struct] = {
             ),
         )
     ),
+    FrameType.SHARE: Empty(),
+    FrameType.UNSHARE: Empty(),
+    FrameType.MAP: Mapped(size_bytes=1 << 40),
+    FrameType.RAILS: Rails(rails=(RailAddress(), RailAddress(number=1, lid=9)), receives=128),
+    FrameType.VIEW: ViewReply(
+        done=Done(outcomes=b"\0\1\2", lost_runs=(1, 2)),
+        offsets=bytes(24),
+        lease=1 << 61,
+        lease_ms=500,
+        verify_us=7,
+    ),
+    FrameType.RENEW: RenewReply(held=(True, False)),
     FrameType.GOAWAY: Goaway(reason="shutting down"),
     FrameType.ERROR: Error(code=ErrorCode.LAYOUT, message="another dtype", field="dtype"),
 }

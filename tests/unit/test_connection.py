@@ -16,8 +16,16 @@ from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore.transport.connection import CALLS_PER_TURN_MAX, LAST_WORDS_S
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
-from tests.support.frames import FetchCall, Pair, PutCall, Store, hello, sent_types, take
-from tests.support.frames import frame as encode_frame
+from tests.support.frames import (
+    FetchCall,
+    Pair,
+    PutCall,
+    Store,
+    frame as encode_frame,
+    hello,
+    sent_types,
+    take,
+)
 from tests.support.scripts import DESCRIPTOR, Rig, ping
 
 FULL = BlockingIOError()

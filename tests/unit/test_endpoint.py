@@ -5,8 +5,7 @@ from __future__ import annotations
 import string
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvstore.endpoint import UNIX_PATH_BYTES_MAX, Endpoint, parse_endpoint
 from kvstore.errors import ConfigError

@@ -7,8 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvstore_bench.simulate.policies import Lru
 from kvstore_daemon.engine.eviction import MAIN_PARTS, WINDOW_PARTS, Ghosts, GuardedLru

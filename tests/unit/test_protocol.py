@@ -43,9 +43,13 @@ from kvstore.messages import (
     Subscribe,
     encode,
 )
-from kvstore.protocol import OUTPUT_BYTES_MAX, ClientProtocol, ServerProtocol
-from kvstore.protocol import client as module
-from kvstore.protocol import server as server_module
+from kvstore.protocol import (
+    OUTPUT_BYTES_MAX,
+    ClientProtocol,
+    ServerProtocol,
+    client as module,
+    server as server_module,
+)
 from kvstore.protocol.server import HELLO_BYTES_MAX
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key

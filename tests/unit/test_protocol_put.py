@@ -18,8 +18,7 @@ from kvstore.messages import (
     PutOutcome,
     Want,
 )
-from kvstore.protocol import ServerProtocol
-from kvstore.protocol import server as module
+from kvstore.protocol import ServerProtocol, server as module
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
 from tests.support.frames import (

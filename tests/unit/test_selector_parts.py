@@ -8,8 +8,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvstore.loadreport import LoadReport, NodeState, ReportTable, RequesterLoad
 from kvstore_client.selector.estimates import ReadQueues

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from kvstore.errors import ConfigError
 from kvstore.units import SIZE_BYTES_MAX, format_size_bytes, parse_size_bytes

@@ -80,6 +80,12 @@ def test_the_numbers_of_frame_types_never_change() -> None:
         ("GOAWAY", 23),
         ("ERROR", 24),
         ("POOL", 25),
+        ("SHARE", 26),
+        ("UNSHARE", 27),
+        ("MAP", 28),
+        ("RAILS", 29),
+        ("VIEW", 30),
+        ("RENEW", 31),
     ]
 
 
@@ -99,8 +105,9 @@ def test_every_flipped_bit_is_noticed() -> None:
         (4, b"\0", "frame version 0, this side speaks 1 to 1"),
         (4, b"\2", "frame version 2, this side speaks 1 to 1"),
         (5, b"\0", "unknown frame type 0"),
-        (5, b"\x1a", "unknown frame type 26"),
-        (6, b"\2\0", "unknown flags 0x0002"),
+        (5, b"\x20", "unknown frame type 32"),
+        (6, b"\x08\0", "unknown flags 0x0008"),
+        (6, b"\4\0", "only DATA is placed"),
         (6, b"\1\x80", "unknown flags 0x8001"),
         (36, b"\1", "reserved bytes are not zero"),
         (43, b"\1", "reserved bytes are not zero"),

@@ -10,8 +10,7 @@ from kvstore.units import format_size_bytes
 from kvstore_bench.replay.player import Played
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as MovingLine
-    from rich.progress import TaskID
+    from rich.progress import Progress as MovingLine, TaskID
 
 PLAIN_LINES = 10
 
@@ -77,8 +76,13 @@ def _moving_line(output: TextIO) -> MovingLine | None:
     """A progress bar of rich, or None where it is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as MovingLine
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress as MovingLine,
+            TextColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         return None
     return MovingLine(

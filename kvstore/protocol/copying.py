@@ -1,0 +1,183 @@
+"""Payload of a session that shares memory with this process: copied there and verified there.
+
+::
+
+    arena ──copy──▶ asker's region ──compare with checksums──▶ news (DATA, PLACED | VERIFIED)
+    asker's region ──copy──▶ reserved block ──▶ the source verifies what it has, not what was there
+
+The asker may write into its memory at any time: what was verified is what the server had put
+there, and a put is judged by the copy. Pure: `kvstore.sharedregions` has the memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvstore.blocksource import Chunk
+from kvstore.layout import PieceMap
+from kvstore.messages import Data
+from kvstore.protocol.placing import FetchSink, Placed, PutPuller
+from kvstore.transfer import BlockMemory, FetchTransfer
+from kvstore.wire import FrameType, Header
+
+# Copied, and then compared with its checksums while the processor's cache still has it.
+CHUNK_BYTES = 1024 * 1024
+# News of this much go together: 2 ms of copying. Each of them may cost a reader whose
+# interpreter is busy a switch of threads, 5 ms.
+NEWS_BYTES_MAX = 16 * 1024 * 1024
+# Checksums of layers of a few bytes; with one chunk more they fit into a frame.
+NEWS_CHECKSUM_BYTES_MAX = 256 * 1024
+
+
+class CopySink(FetchSink):
+    """Copies a fetch into its asker's memory, and verifies it there.
+
+    Args:
+        namespace, keys, pieces: Of the request.
+        memory: Of each block, in the asker's memory.
+    """
+
+    transport = "shm"
+    chunk_bytes = CHUNK_BYTES
+    works = True
+
+    def __init__(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        memory: Sequence[BlockMemory],
+    ) -> None:
+        super().__init__()
+        self._transfer = FetchTransfer(namespace, keys, pieces, memory, _ignore, _ignore)
+        self._pieces = pieces
+        # News that were kept back: where they begin, where the next byte belongs, how many.
+        self._first = (0, 0)
+        self._next = (-1, 0)
+        self._length = 0
+        self._checksums = bytearray()
+        self._failed: list[int] = []
+        self._corrupt: list[int] = []
+
+    @property
+    def accepts(self) -> bool:
+        return True
+
+    @property
+    def idle(self) -> bool:
+        return True
+
+    def take(self, chunk: Chunk) -> None:
+        transfer, begin = self._transfer, (chunk.piece, chunk.piece_offset)
+        header = Header(FrameType.DATA, 0, 0, 0, chunk.length, *begin, 0)
+        known = len(transfer.corrupt)
+        try:
+            copy(chunk.buffers, transfer.route(header, _scratch))
+            transfer.data(header, chunk.checksums, chunk.failed)
+        finally:
+            chunk.release()
+        if chunk.length and begin != self._next:
+            self.flush()
+        if not self._length:
+            self._first = begin
+        if chunk.length:
+            self._next = _after(self._pieces, *begin, chunk.length)
+        self._length += chunk.length
+        self._checksums += chunk.checksums
+        self._failed += chunk.failed
+        self._corrupt += transfer.corrupt[known:]
+        if self._length >= NEWS_BYTES_MAX or len(self._checksums) >= NEWS_CHECKSUM_BYTES_MAX:
+            self.flush()
+
+    def flush(self) -> None:
+        if not (self._length or self._failed):
+            return
+        data = Data(
+            checksums=bytes(self._checksums),
+            failed=tuple(self._failed),
+            corrupt=tuple(self._corrupt),
+        )
+        news = Placed(*self._first, self._length, data, verified=True)
+        self._length = 0
+        self._next = (-1, 0)
+        self._checksums.clear()
+        self._failed.clear()
+        self._corrupt.clear()
+        self.on_news(news)
+
+
+class CopyPuller(PutPuller):
+    """Copies the blocks of a put out of its asker's memory.
+
+    Args:
+        memory: Of each block, in the asker's memory.
+    """
+
+    transport = "shm"
+
+    def __init__(self, memory: Sequence[BlockMemory]) -> None:
+        super().__init__()
+        self._memory = memory
+        self._asked: deque[tuple[int, memoryview]] = deque()
+
+    @property
+    def idle(self) -> bool:
+        return not self._asked
+
+    def pull(self, index: int, target: memoryview) -> None:
+        self._asked.append((index, target))
+
+    def work(self, bytes_max: int) -> int:
+        done = 0
+        while self._asked and done < bytes_max:
+            index, target = self._asked.popleft()
+            memory = self._memory[index]
+            copy([memory] if isinstance(memory, memoryview) else memory, [target])
+            done += len(target)
+            del target
+            self.on_pulled(index)
+        return done
+
+    def stop(self) -> None:
+        self._asked.clear()
+
+
+def copy(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
+    """Copy bytes in order; both sides have as many, cut wherever they are."""
+    rest: deque[memoryview] = deque(sources)
+    for target in targets:
+        at, size = 0, len(target)
+        while at < size:
+            source = rest.popleft()
+            room = size - at
+            if len(source) > room:
+                rest.appendleft(source[room:])
+                source = source[:room]
+            target[at : at + len(source)] = source
+            at += len(source)
+
+
+def _after(pieces: PieceMap, piece: int, offset: int, length: int) -> tuple[int, int]:
+    """Where the byte behind `length` bytes belongs."""
+    key_count, ranges = pieces.key_count, pieces.group_ranges
+    while length:
+        left = ranges[piece // key_count][3] - offset
+        if length < left:
+            return piece, offset + length
+        length -= left
+        piece += 1
+        offset = 0
+    return piece, 0
+
+
+def _scratch(length: int) -> list[memoryview]:
+    """Room for bytes of a block that has failed before."""
+    return [memoryview(bytearray(length))]
+
+
+def _ignore(index: int, number: int) -> None:
+    pass
+
+
+__all__ = ["CHUNK_BYTES", "NEWS_BYTES_MAX", "CopyPuller", "CopySink", "copy"]
