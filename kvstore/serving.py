@@ -36,8 +36,8 @@ from kvstore.messages import (
 )
 from kvstore.reporter import LoadReporter
 from kvstore.session import ServerConnection, Session
-from kvstore.sessionmemory import host_name
 from kvstore.transport import Listener, Marking, Stream, listen
+from kvstore.transport.shm import host_name
 from kvstore.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,8 @@ class Server:
             raise
         self.endpoints = [listener.endpoint for listener in self._listeners]
         local = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "unix"]
-        if local:
+        # An agent's is for engines of its node, which may ask for more than others.
+        if local and self.options.role is Role.DAEMON:
             self.host, self.local = host_name(), local[0]
         for listener in self._listeners:
             name = str(listener.endpoint)

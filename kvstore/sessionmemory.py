@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from kvstore.layout import Geometry, PieceMap
@@ -39,16 +38,4 @@ class SessionMemory:
         self.shared.close()
 
 
-def host_name() -> str:
-    """What tells this host from others, to processes that may be in containers: of its boot,
-    and of where it looks for sockets."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            boot = file.read().strip()
-        mounts = os.stat("/proc/self/ns/mnt").st_ino
-    except OSError:
-        return ""
-    return f"{boot}-{mounts}"
-
-
-__all__ = ["SessionMemory", "host_name"]
+__all__ = ["SessionMemory"]

@@ -45,6 +45,7 @@ from kvstore_client.handles import (
     PutResult,
     Run,
 )
+from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "PutOutcome",
     "PutResult",
     "RefusedError",
+    "Region",
     "Run",
     "ServedBy",
     "Status",

@@ -22,6 +22,7 @@ from kvstore.messages import (
     Status,
 )
 from kvstore.wire import FrameType
+from kvstore_client.agreement import AUTO
 from kvstore_client.arguments import (
     check_ack,
     check_chain,
@@ -30,6 +31,7 @@ from kvstore_client.arguments import (
     check_lease,
     check_pool_request,
     check_request,
+    check_transport,
     fetch_job,
     fetch_route,
     put_job,
@@ -37,6 +39,7 @@ from kvstore_client.arguments import (
 from kvstore_client.cluster import Cluster, ClusterOptions
 from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Claimed, Lease, LookupResult
 from kvstore_client.jobs import Offer
+from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.relays import check_policy, check_relays
 from kvstore_client.selector import Policy
@@ -82,6 +85,11 @@ class AsyncClient:
         relays: Endpoints of agents of other nodes that may relay for this one: the second path.
         policy: How fetches are spread over the paths: "balanced", "direct", "round_robin" or
             "shortest_queue", see `kvstore_client.selector.Policy`.
+        transport: What moves payload. "auto": into memory that was allocated or registered here,
+            the best that a peer offers, else through its socket. "tcp", "unix": sockets of that
+            kind only. "shm", "rdma": that only; peers that do not offer it count as down.
+        verify: Whether payload is compared with its checksums; without, wrong bytes are not
+            noticed: for measurements only.
         seed: Makes backoff, ramp-in and the selector's draws repeatable.
 
     Raises:
@@ -99,6 +107,8 @@ class AsyncClient:
         copies: int = 1,
         relays: Sequence[str] = (),
         policy: str = Policy.BALANCED,
+        transport: str = AUTO,
+        verify: bool = True,
         seed: int | None = None,
     ) -> None:
         self.deadline_s = check_deadline(deadline_s)
@@ -111,6 +121,8 @@ class AsyncClient:
                 connect_timeout_s=connect_timeout_s,
                 relays=tuple(check_relays(relays)),
                 policy=check_policy(policy),
+                transport=check_transport(transport),
+                verify=verify,
                 seed=seed,
             ),
         )
@@ -376,6 +388,41 @@ class AsyncClient:
         route = fetch_route(decode_node, None, RETAIN_S, "", 0.0)
         span = check_layers(namespace, layers)
         return self.cluster.estimate_s(namespace, check_chain(keys, first, chain), span, route)
+
+    async def allocate(self, size_bytes: int) -> Region:
+        """Memory for blocks that peers reach by themselves, by shared memory or RDMA: what is
+        fetched into it, or put from it, passes through no socket where a peer offers that.
+
+        It is touched, and handed to peers, before this returns: seconds for 10 GiB.
+
+        Raises:
+            LocalProtocolError: No size; or more regions than peers take.
+            OSError: The system has no memory left.
+        """
+        self._running()
+        region = await asyncio.to_thread(self.cluster.regions.allocate, size_bytes)
+        return await self.cluster.add_region(region)
+
+    async def register(self, buffer: object) -> Region:
+        """As `allocate`, with memory of the caller: for RDMA. Other processes cannot map it.
+
+        Ownership: the memory stays alive, and where it is, until `free` has returned.
+
+        Raises:
+            LocalProtocolError: No contiguous writable buffer, or it overlaps another region.
+        """
+        self._running()
+        return await self.cluster.add_region(self.cluster.regions.register(buffer))
+
+    async def free(self, region: Region) -> None:
+        """Take a region back from all peers, and give back what `allocate` made when the last
+        slice of it is gone.
+
+        Raises:
+            LocalProtocolError: A request that uses it is not quiet; or it was freed before.
+        """
+        self._running()
+        await self.cluster.free_region(region)
 
     async def release(self, leases: Sequence[Lease]) -> int:
         """Give leases back; how many had held until now."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from kvstore.endpoint import parse_endpoint
-from kvstore.errors import LocalProtocolError
+from kvstore.errors import ConfigError, LocalProtocolError
 from kvstore.layout import NAMESPACE_ID_BYTES, check_keys, check_pool
 from kvstore.messages import (
     DEADLINE_MS_MAX,
@@ -20,6 +20,7 @@ from kvstore.messages import (
     Retain,
 )
 from kvstore.transfer import check_memory
+from kvstore_client.agreement import TRANSPORTS
 from kvstore_client.jobs import ANY_ROUTE, FetchJob, Offer, PutJob, Route
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import Chain
@@ -48,6 +49,17 @@ def check_ack(ack: str) -> AckLevel:
     if ack not in list(AckLevel):
         raise LocalProtocolError(f"ack={ack!r}: must be one of {', '.join(AckLevel)}")
     return AckLevel(ack)
+
+
+def check_transport(transport: str) -> str:
+    """What is to move payload.
+
+    Raises:
+        ConfigError: There is no such thing.
+    """
+    if transport not in TRANSPORTS:
+        raise ConfigError("transport", transport, f"must be one of {', '.join(TRANSPORTS)}")
+    return transport
 
 
 def check_lease(lease_s: float) -> int:

@@ -14,6 +14,7 @@ from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import AckLevel, PoolInfo, Status
+from kvstore_client.agreement import AUTO
 from kvstore_client.aio import DEADLINE_S, RETAIN_S, AsyncClient
 from kvstore_client.arguments import (
     check_ack,
@@ -26,6 +27,7 @@ from kvstore_client.arguments import (
 from kvstore_client.cluster import closed_error
 from kvstore_client.handles import Claimed, FetchHandle, Lease, LookupResult, PutHandle
 from kvstore_client.jobs import Offer, PutJob
+from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.selector import Policy
 
@@ -61,6 +63,8 @@ class Client:
         copies: int = 1,
         relays: Sequence[str] = (),
         policy: str = Policy.BALANCED,
+        transport: str = AUTO,
+        verify: bool = True,
         seed: int | None = None,
     ) -> None:
         self._client = AsyncClient(
@@ -72,6 +76,8 @@ class Client:
             copies=copies,
             relays=relays,
             policy=policy,
+            transport=transport,
+            verify=verify,
             seed=seed,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -267,6 +273,18 @@ class Client:
             )
 
         return self._wait(estimate())
+
+    def allocate(self, size_bytes: int) -> Region:
+        """See `AsyncClient.allocate`."""
+        return self._wait(self._client.allocate(size_bytes))
+
+    def register(self, buffer: object) -> Region:
+        """See `AsyncClient.register`."""
+        return self._wait(self._client.register(buffer))
+
+    def free(self, region: Region) -> None:
+        """See `AsyncClient.free`."""
+        self._wait(self._client.free(region))
 
     def release(self, leases: Sequence[Lease]) -> int:
         """See `AsyncClient.release`."""

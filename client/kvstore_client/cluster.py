@@ -47,12 +47,15 @@ from kvstore.messages import (
 )
 from kvstore.protocol import Reply
 from kvstore.wire import FrameType
+from kvstore_client.agreement import AUTO
 from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
 from kvstore_client.jobs import FetchJob, PutJob, Route
 from kvstore_client.link import KEY_METADATA_BYTES, LinkSetup, PeerLink
+from kvstore_client.linkmemory import place_bytes_of
 from kvstore_client.lookup import ClusterLookup
+from kvstore_client.memory import Region, Regions
 from kvstore_client.namespaces import FINAL_REFUSALS, Namespace
 from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.direct import AgentPath, DirectPath
@@ -77,6 +80,9 @@ from kvstore_client.voices import Voices
 
 ReplyT = TypeVar("ReplyT", bound=Message)
 
+# How long a peer may take at the end to let go of memory.
+CLOSE_S = 1.0
+
 logger = logging.getLogger(__name__)
 
 # Bytes of one PUT: half a millisecond of hashing before the first of them can be sent.
@@ -97,6 +103,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
         relays: Endpoints of agents that may relay for this node.
         policy: How fetches are spread over the paths.
         role: How this node introduces itself.
+        transport: What is to move payload; see `AsyncClient`.
+        verify: Whether what comes is compared with its checksums.
     """
 
     node_id: str
@@ -107,6 +115,8 @@ class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
     relays: tuple[str, ...] = ()
     policy: Policy = Policy.BALANCED
     role: Role = Role.CLIENT
+    transport: str = AUTO
+    verify: bool = True
 
 
 class Cluster(Ways):
@@ -115,6 +125,7 @@ class Cluster(Ways):
     Attributes:
         endpoints: Normal forms, in the caller's order.
         reports: Newest load report of each node.
+        regions: Memory that peers may reach by themselves.
         counters: What has been counted since the beginning; see `AsyncClient.counters`.
     """
 
@@ -122,6 +133,7 @@ class Cluster(Ways):
         parsed = [parse_endpoint(text, "endpoints") for text in endpoints]
         self.endpoints = [str(endpoint) for endpoint in parsed]
         self.reports = ReportTable()
+        self.regions = Regions()
         self.counters: Counter[str] = Counter()
         self._parsed = parsed
         self._placement = Placement(self.endpoints)
@@ -173,6 +185,9 @@ class Cluster(Ways):
             on_report=self._take_report,
             draws=draws,
             counters=self.counters,
+            wanted=options.transport,
+            verify=options.verify,
+            regions=self.regions,
         )
         # One hop only: what an agent takes for storage must be no agent itself.
         daemon_only = options.role is Role.AGENT
@@ -207,8 +222,35 @@ class Cluster(Ways):
         if self._peers is not None:
             await self._peers.ended()
         if self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # A peer that hangs and may touch memory yet keeps it for good, but not us.
+            _, hanging = await asyncio.wait(self._tasks, timeout=CLOSE_S)
+            for task in hanging:
+                task.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
         self._checksums.close()
+        for region in self.regions.all():
+            self.regions.remove(region, close=not region.users)
+
+    # --- memory ----------------------------------------------------------------------------
+
+    async def add_region(self, region: Region) -> Region:
+        """Let all peers reach a region, now or when their links come up."""
+        await asyncio.gather(*(link.add_region(region) for link in self._all_links()))
+        return region
+
+    async def free_region(self, region: Region) -> None:
+        """Take a region back from all peers; none reaches it when this returns.
+
+        Raises:
+            LocalProtocolError: It is none of ours, or a request is not quiet.
+        """
+        self.regions.check_free(region)
+        self.regions.remove(region, close=False)
+        await asyncio.gather(*(link.remove_region(region) for link in self._all_links()))
+        region.give_back()
+
+    def _all_links(self) -> list[PeerLink]:
+        return [*self._links, *self._others()]
 
     # --- small requests --------------------------------------------------------------------
 
@@ -510,10 +552,11 @@ class Cluster(Ways):
         by_peer: defaultdict[int, list[int]] = defaultdict(list)
         for index in indices:
             by_peer[owners[index][rank]].append(index)
+        place_bytes = place_bytes_of(job.memory[0])
         await _all(
             self._put_run(job, owners, rank, part, ack, spare)
             for peer, group in by_peer.items()
-            for part in parts(group, self._put_blocks_max(job.geometry, peer))
+            for part in parts(group, self._put_blocks_max(job.geometry, peer, place_bytes))
         )
 
     async def _put_run(
@@ -552,12 +595,14 @@ class Cluster(Ways):
         for index in again:
             job.block_done(index, PutOutcome.UNAVAILABLE)
 
-    def _put_blocks_max(self, geometry: Geometry, peer: int) -> int:
+    def _put_blocks_max(self, geometry: Geometry, peer: int, place_bytes: int) -> int:
         """Blocks of one PUT: bounded by the frame of its announcement, and by its bytes."""
         link = self._links[peer]
         each_bytes = KEY_METADATA_BYTES + geometry.layer_count * CHECKSUM_BYTES
         if link.is_agent:
             each_bytes += KEY_METADATA_BYTES + EXTENT_METADATA_BYTES  # the head, if each is one
+        if link.memory is not None:
+            each_bytes += place_bytes
         sized = PUT_BYTES_MAX // geometry.block_bytes
         return max(1, min(link.keys_max(each_bytes), sized))
 

@@ -13,6 +13,7 @@ Nobody waits for that: requests fail at once while a link is down, and the calle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import math
@@ -20,11 +21,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import msgspec
 
-from kvstore.endpoint import Endpoint
+from kvstore.endpoint import Endpoint, parse_endpoint
 from kvstore.errors import (
     KVStoreError,
     RefusedError,
@@ -33,6 +33,7 @@ from kvstore.errors import (
     UnknownNamespace,
 )
 from kvstore.loadreport import LoadReport
+from kvstore.memorymessages import SHM
 from kvstore.messages import (
     KEYS_PER_REQUEST_MAX,
     Cancel,
@@ -52,11 +53,16 @@ from kvstore.protocol import ClientProtocol, Reply, hello_message
 from kvstore.transfer import FetchTransfer, PutTransfer
 from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
+from kvstore.transport.shm import host_name
 from kvstore.wire import FrameType
+from kvstore_client.agreement import AUTO, Channels, agree, share_all
 from kvstore_client.breaker import RAMP_SHARE_MIN, Backoff, BreakerState, CircuitBreaker
+from kvstore_client.linkmemory import LinkMemory, NamedMemory
+from kvstore_client.memory import Region, Regions
 from kvstore_client.namespaces import Namespace, WantedNamespaces
 
 logger = logging.getLogger(__name__)
+
 
 # A daemon pushes a report at least every 200 ms; this much silence means that it hangs or
 # that the network does, long before TCP would notice.
@@ -64,6 +70,8 @@ SILENCE_MAX_S = 5.0
 # A request or a put whose memory the peer does not let go of after a cancel: its connection
 # is taken down.
 CANCEL_GRACE_S = 0.2
+# Faulting in 100 GiB of a region takes the peer that long.
+SHARE_TIMEOUT_S = 30.0
 # Requests of each kind that are sent and not answered; more wait their turn here, because a
 # server refuses what comes beyond its own limit of 256 a connection.
 FETCHES_MAX = 128
@@ -76,14 +84,6 @@ FIXED_METADATA_BYTES = 1024
 CORRUPT_LOG_PAUSE_S = 10.0
 
 
-class Channels(NamedTuple):
-    """The three connections of a link that is up."""
-
-    control: FrameConnection
-    fetch: FrameConnection
-    put: FrameConnection
-
-
 class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What all links of a client have in common.
 
@@ -94,6 +94,10 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
         on_report: Called with every load report that comes, and the link that brought it.
         draws: Chance, for backoff and ramp-in.
         counters: Where to count.
+        wanted: What is to move payload: "auto" takes the best that the peer offers, anything
+            else takes nothing else.
+        verify: Whether what peers have not verified in our memory is verified.
+        regions: Memory that peers may reach.
     """
 
     node_id: str
@@ -105,6 +109,9 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     on_report: Callable[[PeerLink, LoadReport], None]
     draws: random.Random
     counters: Counter[str]
+    wanted: str = AUTO
+    verify: bool = True
+    regions: Regions = msgspec.field(default_factory=Regions)
 
 
 class PeerLink:
@@ -128,7 +135,8 @@ class PeerLink:
         self.endpoint = endpoint
         self._daemon_only = daemon_only
         self.welcome: Welcome | None = None
-        self.transport = endpoint.scheme
+        self.memory: LinkMemory | None = None
+        self.verify = setup.verify
         self.breaker = CircuitBreaker()
         self.last_error: Exception = TransportError(f"{endpoint}: not connected yet")
         self._loop = loop
@@ -138,6 +146,8 @@ class PeerLink:
         self._draws = setup.draws
         self._counters = setup.counters
         self._namespaces = WantedNamespaces(str(endpoint))
+        self._stream_transport = endpoint.scheme
+        self._endpoint_used = endpoint
         self._was_up = False
         self._corrupt_count = 0  # that the log has not been told of
         self._corrupt_logged_at: float | None = None
@@ -150,6 +160,12 @@ class PeerLink:
         self._tried = asyncio.Event()
         self._reopening: set[asyncio.Task[None]] = set()
         self._task = loop.create_task(self._keep_up())
+
+    @property
+    def transport(self) -> str:
+        """What moves payload that is not named by place; or what was meant to, before the link
+        was ever up."""
+        return self._channels.fetch.stream.transport if self._channels else self._stream_transport
 
     @property
     def up(self) -> bool:
@@ -360,7 +376,8 @@ class PeerLink:
         return request_id
 
     def cancel_fetch(self, request_id: int) -> None:
-        """Give a fetch up: nothing is written into its memory from now on."""
+        """Give a fetch up: nothing is written into its memory from now on; or, if it has named
+        the memory to the peer, from the moment its last word is here."""
         if self._channels is not None:
             _client(self._channels.fetch).abandon(request_id)
             self._send_cancel(request_id)
@@ -379,6 +396,37 @@ class PeerLink:
         """A put has ended: its peer has 200 ms to take what is half sent."""
         if self._channels is not None and not transfer.idle:
             self._loop.call_later(CANCEL_GRACE_S, self._check_idle, self._channels, transfer)
+
+    def expect_free(self, named: NamedMemory) -> None:
+        """A request was given up that has named memory: its peer has 200 ms for the last word,
+        then the link is taken down."""
+        channels = self._channels
+
+        def check() -> None:
+            if not named.free.done() and self._channels is channels:
+                self._take_down(TransportTimeout(f"{self.peer} does not end a cancelled request"))
+
+        if channels is not None and not named.free.done():
+            self._loop.call_later(CANCEL_GRACE_S, check)
+
+    async def add_region(self, region: Region) -> None:
+        """Let the peer reach a region, if the link is up and moves payload that way. What it
+        refuses travels through the socket."""
+        memory = self.memory
+        if self._channels is None or memory is None:
+            return
+        try:
+            await memory.add(region)
+        except RefusedError as error:
+            logger.warning("%s: region of %d bytes: %s", self.peer, region.size_bytes, error)
+        except TransportError:
+            return  # when the link is up again, all regions are shared
+
+    async def remove_region(self, region: Region) -> None:
+        """The peer reaches a region no more when this returns."""
+        if self.memory is not None:
+            with contextlib.suppress(KVStoreError):  # the link is down: nobody reaches it
+                await self.memory.remove(region)
 
     def take_report(self, report: LoadReport) -> None:
         """A load report has come, pushed or with a reply; of nobody but the peer itself: one
@@ -458,15 +506,27 @@ class PeerLink:
         opened: list[FrameConnection] = []
         self._down.clear()
         try:
-            for channel in (Channel.CONTROL, Channel.DATA, Channel.DATA):
-                opened.append(await self._open(channel))
+            opened.append(await self._open_control())
+            endpoint = self._endpoint_used
+            for _ in range(2):
+                opened.append(await self._open(Channel.DATA, endpoint))
             channels = Channels(*opened)
+            assert self.welcome is not None
+            setup = self._setup
+            ask = partial(self._ask_memory, channels.control)
+            memory = await agree(
+                self._loop, setup.wanted, setup.regions, self.welcome, channels, ask
+            )
             await self._namespaces.open_all(partial(self._ask_open, channels.control))
+            if memory is not None:
+                await share_all(memory, setup.regions, self.peer)
             # From here on nothing waits, so that nothing comes between.
             if any(connection.closed for connection in opened):
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
             self._going_away = False
             self._channels = channels
+            self.memory = memory
+            self._stream_transport = channels.fetch.stream.transport
             if self._was_up:
                 self._counters["reconnects"] += 1
             self._was_up = True
@@ -478,8 +538,36 @@ class PeerLink:
             raise
         logger.info("%s: connected to %s", self.endpoint, self.peer)
 
-    async def _open(self, channel: Channel) -> FrameConnection:
-        stream = await connect(self._loop, self.endpoint, self._timeout_s)
+    async def _open_control(self) -> FrameConnection:
+        """The first connection; by the peer's unix socket if it is on this host, and has one."""
+        control = await self._open(Channel.CONTROL, self.endpoint)
+        welcome, self._endpoint_used = self.welcome, self.endpoint
+        assert welcome is not None
+        if (
+            self._setup.wanted not in (AUTO, SHM)
+            or not welcome.local
+            or self.endpoint.scheme == "unix"
+            or welcome.host != host_name()
+        ):
+            return control
+        try:
+            local = parse_endpoint(welcome.local)
+            nearer = await self._open(Channel.CONTROL, local)
+        except KVStoreError as error:
+            logger.info("%s: its socket %s cannot be used: %s", self.peer, welcome.local, error)
+            self.welcome = welcome
+            return control
+        found = self.welcome
+        if found is None or found.boot_id != welcome.boot_id:  # another daemon has its path
+            nearer.close(TransportError("another server"))
+            self.welcome = welcome
+            return control
+        control.close(TransportError("not needed"))
+        self._endpoint_used = local
+        return nearer
+
+    async def _open(self, channel: Channel, endpoint: Endpoint) -> FrameConnection:
+        stream = await connect(self._loop, endpoint, self._timeout_s)
         welcomed: asyncio.Future[Welcome | Exception] = self._loop.create_future()
 
         def settle(result: Welcome | Exception) -> None:
@@ -513,6 +601,11 @@ class PeerLink:
             raise refusal
         self.welcome = result
         return connection
+
+    async def _ask_memory(
+        self, control: FrameConnection, type: FrameType, message: Message
+    ) -> Message:
+        return await self._ask(control, type, message, max(self._timeout_s, SHARE_TIMEOUT_S))
 
     async def _ask_open(self, control: FrameConnection, message: OpenNamespace) -> Message:
         return await self._ask(control, FrameType.OPEN_NAMESPACE, message, self._timeout_s)
@@ -566,6 +659,9 @@ class PeerLink:
             logger.warning("lost %s: %s", self.peer, reason)
             self.failed()
         self._down.set()
+        memory, self.memory = self.memory, None
+        if memory is not None:
+            memory.close()
         for connection in (channels.control, channels.fetch, channels.put):
             connection.close(reason)
 

@@ -22,13 +22,14 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
 from kvstore.messages import FetchOutcome
 from kvstore_client.jobs import FetchJob
-from kvstore_client.link import PeerLink
+from kvstore_client.link import KEY_METADATA_BYTES, PeerLink
+from kvstore_client.linkmemory import place_bytes_of
 from kvstore_client.paths.base import FetchPath, Shipment
 from kvstore_client.selector import PathMeter
 
@@ -217,7 +218,7 @@ class Spread:
         if found is None or self._can_move(found):
             return None
         count = len(found.waiting)
-        if count > found.link.keys_max() or (
+        if count > self._keys_max(found) or (
             self._chunked and count * self._job.span_bytes > self._chunk_bytes(found)
         ):
             return None
@@ -264,9 +265,14 @@ class Spread:
             return CHUNK_BYTES_FIRST
         return int(min(max(CHUNK_S * rate_Bps, CHUNK_BYTES_MIN), CHUNK_BYTES_MAX))
 
+    def _keys_max(self, lane: Lane) -> int:
+        """Blocks of one request, which says where their memory is if the peer can reach it."""
+        place_bytes = place_bytes_of(self._job.memory[0]) if lane.link.memory else 0
+        return lane.link.keys_max(KEY_METADATA_BYTES + place_bytes)
+
     def _take(self, lane: Lane) -> list[int]:
         """The next blocks of a lane that go in one request."""
-        count = lane.link.keys_max()
+        count = self._keys_max(lane)
         if self._chunked:
             count = min(count, max(1, self._chunk_bytes(lane) // self._job.span_bytes))
         waiting, first_missing = lane.waiting, self._job.first_missing
@@ -311,7 +317,7 @@ class Spread:
             self._expect_end(lane, shipment, left_s)  # it works in order, for others at present
             return
         lane.link.failed(shipment.begun_at)
-        shipment.take_back()
+        shipment.take_back(lambda index: None)
 
     def _charge(self, lane: Lane, shipment: Shipment) -> None:
         """The bytes of a shipment are under way from now on; `_run` takes them off again."""
@@ -342,8 +348,7 @@ class Spread:
             # Nobody awaits this task, and the blocks must not be lost with it.
             logger.exception("internal error in a shipment of %s", link.peer)
             job.add_error(error)
-            for index in shipment.take_back():
-                self._failed(lane, index, FetchOutcome.UNAVAILABLE)
+            shipment.take_back(lambda index: self._failed(lane, index, FetchOutcome.UNAVAILABLE))
         finally:
             self._uncharge(lane, shipment)
             lane.under_way.pop(shipment, None)
@@ -472,22 +477,23 @@ class Spread:
         now = self._loop.time()
         for lane in list(self._lanes.values()):
             for shipment in list(lane.under_way):
+                if shipment.ended:
+                    continue  # its memory is not free yet
                 if self._silent(lane, shipment, now):
                     self._blame(lane, shipment)
-                    for index in self._take_back(shipment):
-                        if self._other_way(lane, index):
-                            self._failed(lane, index, FetchOutcome.TIMEOUT)
-                        else:
-                            self._put_back(index, lane.key)
+                    self._take_back(shipment, partial(self._try_other, lane))
                 elif self._late(lane, shipment, now):
-                    for index in self._take_back(shipment):
-                        self._move(lane, index)
+                    self._take_back(shipment, partial(self._move, lane))
 
-    def _take_back(self, shipment: Shipment) -> list[int]:
-        """Its blocks that are to come again: the layers that are not here."""
-        moved = shipment.take_back()
-        self._job.moved_count += len(moved)
-        return moved
+    def _try_other(self, lane: Lane, index: int) -> None:
+        if self._other_way(lane, index):
+            self._failed(lane, index, FetchOutcome.TIMEOUT)
+        else:
+            self._put_back(index, lane.key)
+
+    def _take_back(self, shipment: Shipment, then: Callable[[int], None]) -> None:
+        """Have its blocks come again, the layers that are not here."""
+        self._job.moved_count += shipment.take_back(then)
 
     def _blame(self, lane: Lane, shipment: Shipment) -> None:
         """A shipment was silent: what that says of the peer."""

@@ -18,6 +18,7 @@ from kvstore.errors import (
 )
 from kvstore.framing import Frame
 from kvstore.loadreport import LoadReport
+from kvstore.memorymessages import Renew, RenewReply
 from kvstore.messages import (
     REPLIES,
     Channel,
@@ -29,6 +30,7 @@ from kvstore.messages import (
     Done,
     Error,
     Fetch,
+    FetchOutcome,
     Goaway,
     Hello,
     Lookup,
@@ -38,6 +40,8 @@ from kvstore.messages import (
     PutDone,
     Release,
     ReleaseReply,
+    View,
+    ViewReply,
     Want,
     Welcome,
     decode,
@@ -59,6 +63,9 @@ PUT_FILL_BYTES = 2 * PAYLOAD_BYTES_MAX
 # Requests of ours without a reply. Who waits for one gives up at some time, the peer does not;
 # with this many it is no peer to talk to.
 CALLS_MAX = 16_384
+# Immediates of RDMA that have come before their DATA frames. A server has no more than some
+# hundreds of runs under way.
+RUNS_EARLY_MAX = 65_536
 
 
 class _Call:
@@ -66,10 +73,24 @@ class _Call:
 
     Args:
         item_count: Keys or leases that the reply says something of, each.
-        placed: Whether the request named memory where the server may put its payload.
+        placed: Whether the request named memory that the server reaches by itself.
+
+    Attributes:
+        news: Placed DATA that waits for its payload, or behind such.
+        done: The DONE, while it waits behind news.
     """
 
-    __slots__ = ("item_count", "on_reply", "on_report", "placed", "replied", "transfer", "type")
+    __slots__ = (
+        "done",
+        "item_count",
+        "news",
+        "on_reply",
+        "on_report",
+        "placed",
+        "replied",
+        "transfer",
+        "type",
+    )
 
     def __init__(
         self,
@@ -81,6 +102,8 @@ class _Call:
         placed: bool = False,
     ) -> None:
         self.placed = placed
+        self.news: deque[tuple[Header, Data]] = deque()
+        self.done: Done | None = None
         self.type = type
         self.item_count = item_count
         self.replied = False
@@ -110,6 +133,9 @@ class ClientProtocol(FrameProtocol):
         self._on_goaway = on_goaway
         self._calls: dict[int, _Call] = {}
         self._puts: deque[tuple[int, PutTransfer]] = deque()
+        # Runs by RDMA: those that have come and nobody waits for yet, and who waits for which.
+        self._runs: set[int] = set()
+        self._run_waiters: dict[int, int] = {}
         self._send(FrameType.HELLO, 0, hello)
 
     @property
@@ -156,7 +182,25 @@ class ClientProtocol(FrameProtocol):
         on_reply: Callable[[Reply], None],
     ) -> None:
         """Send a PUT. `on_reply` gets the PUT_DONE after `transfer.done` has taken it."""
-        self._begin(request_id, message, _Call(FrameType.PUT, on_reply, transfer))
+        placed = message.memory is not None
+        self._begin(request_id, message, _Call(FrameType.PUT, on_reply, transfer, placed=placed))
+
+    def run_arrived(self, run: int) -> None:
+        """The immediate of a run has come by RDMA: its payload is in our memory.
+
+        Raises:
+            RemoteProtocolError: The news of it break a rule; the connection must be closed.
+        """
+        request_id = self._run_waiters.pop(run, None)
+        if request_id is None:
+            if len(self._runs) >= RUNS_EARLY_MAX:
+                raise RemoteProtocolError(f"{len(self._runs)} runs of which no DATA frame tells")
+            self._runs.add(run)
+            return
+        self._runs.add(run)
+        call = self._calls.get(request_id)
+        if call is not None:
+            self._take_news(request_id, call)
 
     def abandon(self, request_id: int) -> None:
         """Give up the memory of a fetch or a put at once; its DONE may still come.
@@ -188,6 +232,8 @@ class ClientProtocol(FrameProtocol):
         self.lost_by = error
         calls, self._calls = self._calls, {}
         self._puts.clear()
+        self._runs.clear()
+        self._run_waiters.clear()
         for request_id, call in calls.items():
             if isinstance(call.transfer, FetchTransfer):
                 call.transfer.abandon()
@@ -251,10 +297,41 @@ class ClientProtocol(FrameProtocol):
     def _placed(self, header: Header, data: Data, call: _Call, transfer: FetchTransfer) -> None:
         if not call.placed:
             raise RemoteProtocolError("DATA is placed, and the request named no memory")
-        if data.run:
-            raise RemoteProtocolError(f"DATA of run {data.run}, and there are no rails")
-        verified = bool(header.flags & Flags.VERIFIED)
-        transfer.placed(header, data.checksums, data.failed, data.corrupt, verified)
+        if call.done is not None:
+            raise RemoteProtocolError("DATA after DONE")
+        if data.run or call.news:
+            call.news.append((header, data))
+            self._take_news(header.request_id, call)
+        else:
+            _take_placed(header, data, transfer)
+
+    def _take_news(self, request_id: int, call: _Call) -> None:
+        """Take placed DATA whose payload is here, in order, and the DONE behind it."""
+        transfer, news = call.transfer, call.news
+        assert isinstance(transfer, FetchTransfer)
+        while news:
+            header, data = news[0]
+            if data.run and data.run not in self._runs:
+                if call.done is not None and data.run in call.done.lost_runs:
+                    break
+                self._run_waiters[data.run] = request_id
+                return
+            self._runs.discard(data.run)
+            news.popleft()
+            _take_placed(header, data, transfer)
+        if call.done is not None:
+            done = call.done
+            if news:  # what lies behind a gap does not count
+                transfer.fail_rest(FetchOutcome.UNAVAILABLE)
+                for _, data in news:
+                    self._runs.discard(data.run)
+                    self._run_waiters.pop(data.run, None)
+            self._end_fetch(request_id, call, transfer, done)
+
+    def _end_fetch(self, request_id: int, call: _Call, transfer: FetchTransfer, done: Done) -> None:
+        transfer.done(done)
+        del self._calls[request_id]
+        call.on_reply(done)
 
     def _handshake(self, message: Message) -> None:
         if isinstance(message, Error):
@@ -296,9 +373,13 @@ class ClientProtocol(FrameProtocol):
             self._puts.append((header.request_id, transfer))
             self.on_output()
         elif isinstance(message, Done) and isinstance(transfer, FetchTransfer):
-            transfer.done(message)
-            del self._calls[header.request_id]
-            call.on_reply(message)
+            if call.done is not None:
+                raise RemoteProtocolError("DONE after DONE")
+            if call.news:
+                call.done = message
+                self._take_news(header.request_id, call)
+            else:
+                self._end_fetch(header.request_id, call, transfer, message)
         elif isinstance(message, PutDone) and isinstance(transfer, PutTransfer):
             transfer.done(message.outcomes)
             transfer.stop()
@@ -319,11 +400,18 @@ class ClientProtocol(FrameProtocol):
             raise RemoteProtocolError(f"{header.type.name} does not answer this request")
 
 
+def _take_placed(header: Header, data: Data, transfer: FetchTransfer) -> None:
+    verified = bool(header.flags & Flags.VERIFIED)
+    transfer.placed(header, data.checksums, data.failed, data.corrupt, verified)
+
+
 def _item_count(request: Message) -> int:
     """Of how many items the reply to a request speaks, one by one."""
     if isinstance(request, Lookup | Delete | CorruptReport):
         return len(request.keys)
-    return len(request.leases) if isinstance(request, Release) else 0
+    if isinstance(request, View):
+        return len(request.fetch.keys)
+    return len(request.leases) if isinstance(request, Release | Renew) else 0
 
 
 def _check_items(type: FrameType, reply: Message, count: int) -> None:
@@ -339,12 +427,16 @@ def _check_items(type: FrameType, reply: Message, count: int) -> None:
         answer, expected = reply.deleted, count
     elif isinstance(reply, CorruptReply):
         answer, expected = reply.dropped, count
-    elif isinstance(reply, ReleaseReply):
+    elif isinstance(reply, ReleaseReply | RenewReply):
         answer, expected = reply.held, count
+    elif isinstance(reply, ViewReply):
+        if len(reply.done.outcomes) != count:
+            raise RemoteProtocolError(f"VIEW: {len(reply.done.outcomes)} outcomes for {count} keys")
+        answer, expected = reply.offsets, 8 * count
     else:
         return
     if len(answer) != expected:
-        what = "bytes of bitmap" if isinstance(reply, LookupReply) else "answers"
+        what = "bytes" if isinstance(reply, LookupReply | ViewReply) else "answers"
         raise RemoteProtocolError(
             f"{type.name}: {len(answer)} {what} for {count} items, expected {expected}"
         )

@@ -96,6 +96,11 @@ class Stream(abc.ABC):
     def end_sending(self) -> None:
         """Tell the peer that nothing follows; receiving goes on. Never raises."""
 
+    def detach(self) -> int:
+        """As `close`, but the descriptor is the caller's from now on; -1 if there is none."""
+        self.close()
+        return -1
+
     @abc.abstractmethod
     def close(self) -> None:
         """Release the descriptor at once. Closing twice is harmless."""

@@ -53,6 +53,8 @@ class FrameConnection:
         #: Loop time at which the peer took the last byte, or at which there was one for it to
         #: take after there had been none.
         self.sent_at = self.received_at
+        #: Gets the descriptor at the end, and owns it, where it is not to be closed at once.
+        self.on_detached: Callable[[int], None] | None = None
         self._loop = loop
         self._on_closed = on_closed
         self._writing = False
@@ -74,8 +76,10 @@ class FrameConnection:
         self._loop.remove_reader(self.stream.fileno())
         if self._writing:
             self._loop.remove_writer(self.stream.fileno())
-        self.stream.close()
         try:
+            if self.on_detached is not None:
+                self.on_detached(self.stream.detach())
+            self.stream.close()
             self.protocol.lost(reason)
         except Exception:
             logger.exception("connection to %s: internal error at its end", self.stream.peer)

@@ -53,6 +53,18 @@ def address_of(view: memoryview) -> int:
         raise LocalProtocolError(f"address of a view: {error}") from error
 
 
+def host_name() -> str:
+    """What tells this host from others, to processes that may be in containers: its boot, where
+    it looks for sockets, and its network; "" where the system does not say."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            boot = file.read().strip()
+        spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("mnt", "net")]
+    except OSError:
+        return ""
+    return f"{boot}-{spaces[0]}-{spaces[1]}"
+
+
 def read_only_copy(region: Region) -> int:
     """A descriptor of a region's memory, to be given to who may read it; the caller owns it.
 
@@ -185,5 +197,6 @@ __all__ = [
     "MappedArena",
     "SharedMapping",
     "address_of",
+    "host_name",
     "read_only_copy",
 ]

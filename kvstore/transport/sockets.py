@@ -134,6 +134,11 @@ class SocketStream(Stream):
         with contextlib.suppress(OSError):  # the peer may be gone
             self._sock.shutdown(socket.SHUT_WR)
 
+    def detach(self) -> int:
+        fd = self._sock.detach()
+        self.close()
+        return fd
+
     def close(self) -> None:
         self._sock.close()
         for waiting in (self._outgoing, self._incoming):

@@ -16,6 +16,7 @@ from kvstore.protocol import Reply
 from kvstore.transfer import PENDING
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import PeerLink
+from kvstore_client.linkmemory import NamedMemory
 from kvstore_client.paths.exchange import Exchange
 
 
@@ -80,6 +81,7 @@ class Shipment:
         self._transfer.on_bytes = self._arrived
         self.size_bytes = len(indices) * self._transfer.pieces.span_bytes
         self._request_id = 0
+        self._named: NamedMemory | None = None
 
     @property
     def ended(self) -> bool:
@@ -102,7 +104,10 @@ class Shipment:
         job, link, transfer = self._job, self._link, self._transfer
         pieces = transfer.pieces
         self.begun_at = self.moved_at = self._loop.time()
-        self._exchange = Exchange(self._loop, self._path.name, link, job, self.indices)
+        transfer.trusting = not link.verify
+        named = self._named = link.memory.name(transfer.memory) if link.memory else None
+        transport = named.transport if named else link.transport
+        self._exchange = Exchange(self._loop, self._path.name, link, job, self.indices, transport)
         message = Fetch(
             namespace=job.namespace.id,
             keys=list(transfer.keys),
@@ -110,30 +115,61 @@ class Shipment:
             layer_last=pieces.layer_last,
             group_layers=job.group_layers,
             deadline_ms=self._exchange.deadline_ms,
+            memory=named.memory if named else None,
             **self._path.terms(link, job, self.indices),
         )
-        self._request_id = link.fetch(message, transfer, self._settle)
+        self._request_id = link.fetch(message, transfer, self._answered)
         job.borrow(transfer, self._stop)
         try:
             await self._done
+            if named is not None:
+                await asyncio.shield(named.free)
         finally:
             if not self._done.done() or self._done.cancelled():
-                link.cancel_fetch(self._request_id)
+                self._cancel()
             job.finished(transfer)
             # Over a byte stream the peer writes through our own reader, which was diverted.
-            job.let_go()
+            self._when_free(job.let_go)
 
-    def take_back(self) -> list[int]:
+    def take_back(self, then: Callable[[int], None]) -> int:
         """Stop it, so that its blocks can go another way: from now on no byte of it counts.
 
+        Args:
+            then: Called with each block that has no outcome yet, when its memory is free: at
+                once where it came through a socket.
+
         Returns:
-            The blocks that have no outcome yet.
+            How many blocks that are.
         """
         if self._done.done():
-            return []
+            return 0
         left = self.pending()
         self._stop()
-        return left
+
+        def free() -> None:
+            for index in left:
+                then(index)
+
+        self._when_free(free)
+        return len(left)
+
+    def _when_free(self, call: Callable[[], None]) -> None:
+        """Call when no peer writes on behalf of this request any more."""
+        if self._named is None:
+            call()
+        else:
+            self._named.when_free(call)
+
+    def _cancel(self) -> None:
+        self._link.cancel_fetch(self._request_id)
+        if self._named is not None:
+            self._link.expect_free(self._named)
+
+    def _answered(self, reply: Reply) -> None:
+        """The last word of the peer, or what came in its place."""
+        self._settle(reply)
+        if self._named is not None:
+            self._named.answered(reply)
 
     def _arrived(self, size_bytes: int) -> None:
         self.arrived_bytes += size_bytes
@@ -144,13 +180,17 @@ class Shipment:
 
     def _failed(self, index: int, outcome: FetchOutcome) -> None:
         # The last word on what was taken back may still come.
-        if not self._given_up:
-            self._on_failed(index, outcome)
+        if self._given_up:
+            return
+        if outcome is FetchOutcome.MISS:
+            self._on_failed(index, outcome)  # its peer has said that nothing of it will come
+        else:
+            self._when_free(lambda: self._on_failed(index, outcome))
 
     def _stop(self) -> None:
         self._given_up = True
         if self._request_id:
-            self._link.cancel_fetch(self._request_id)
+            self._cancel()
         self._settle(None)
 
     def _settle(self, reply: Reply | None) -> None:

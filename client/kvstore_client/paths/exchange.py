@@ -20,6 +20,7 @@ class Exchange:
     Args:
         path: Name of the path, for attribution.
         indices: Blocks of the job that the request is about.
+        transport: What moves them.
     """
 
     def __init__(
@@ -29,11 +30,13 @@ class Exchange:
         link: PeerLink,
         job: Job,
         indices: Sequence[int],
+        transport: str,
     ) -> None:
         self._path = path
         self._link = link
         self._job = job
         self._indices = indices
+        self._transport = transport
         self._begun_at = loop.time()
         self._clock_us = _clock_us()
 
@@ -74,7 +77,7 @@ class Exchange:
             link.timed_out(self._begun_at)
         run = Run(
             path=self._path,
-            transport=link.transport,
+            transport=self._transport,
             peer=link.peer,
             block_count=len(self._indices),
             bytes=bytes,

@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.messages import AckLevel, Put, PutOutcome
+from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
 from kvstore_client.paths.direct import AgentPath
 from kvstore_client.paths.exchange import Exchange
+
+# Outcomes of blocks whose bytes were taken.
+_TAKEN = (PutOutcome.STORED, PutOutcome.CORRUPT)
 
 
 def _terms(link: PeerLink, job: PutJob, indices: Sequence[int]) -> dict[str, Any]:
@@ -29,7 +32,7 @@ def _terms(link: PeerLink, job: PutJob, indices: Sequence[int]) -> dict[str, Any
 
 
 class StorePath:
-    """Announces blocks to a daemon and sends those that it wants."""
+    """Announces blocks to a daemon and sends those that it wants, or lets it take them."""
 
     name = "direct"
 
@@ -53,55 +56,103 @@ class StorePath:
             checksums: Of all their layers, as a PUT announces them.
             on_outcome: Called once with the outcome of every block, unless the job ends first.
         """
-        name = AgentPath.name if link.is_agent else self.name
-        exchange = Exchange(self._loop, name, link, job, indices)
-        done: asyncio.Future[None] = self._loop.create_future()
-        idle: asyncio.Future[None] = self._loop.create_future()
+        await _Sending(self._loop, self.name, link, job, indices, on_outcome).run(checksums, ack)
+
+
+class _Sending:
+    """One PUT under way."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        name: str,
+        link: PeerLink,
+        job: PutJob,
+        indices: Sequence[int],
+        on_outcome: Callable[[int, PutOutcome], None],
+    ) -> None:
         memory = [job.memory[index] for index in indices]
-        keys = [job.keys[index] for index in indices]
-        transfer = PutTransfer(job.geometry, memory)
+        self._loop = loop
+        self._link = link
+        self._job = job
+        self._indices = indices
+        self._on_outcome = on_outcome
+        self._done: asyncio.Future[None] = loop.create_future()
+        self._transfer = PutTransfer(job.geometry, memory)
+        self._named = link.memory.name(memory) if link.memory else None
+        transport = self._named.transport if self._named else link.transport
+        path = AgentPath.name if link.is_agent else name
+        self._exchange = Exchange(loop, path, link, job, indices, transport)
+        self._request_id = 0
 
-        def settle(reply: Reply | None) -> None:
-            if done.done():
-                return
-            done.set_result(None)
-            exchange.end(reply, transfer.sent_bytes)
-            if reply is None:
-                return  # the job has ended and knows best
-            transfer.fail_rest(PutOutcome.UNAVAILABLE)
-            for index, outcome in zip(indices, transfer.outcomes, strict=True):
-                on_outcome(index, PutOutcome(outcome))
-
-        def stop() -> None:
-            link.cancel_put(request_id, transfer)
-            settle(None)
-
-        def on_idle() -> None:
-            if not idle.done():
-                idle.set_result(None)
-
+    async def run(self, checksums: bytes, ack: AckLevel) -> None:
+        """As `StorePath.put`."""
+        job, link, transfer, named = self._job, self._link, self._transfer, self._named
         message = Put(
             namespace=job.namespace.id,
-            keys=keys,
+            keys=[job.keys[index] for index in self._indices],
             checksums=checksums,
             ack=ack,
-            deadline_ms=exchange.deadline_ms,
-            **_terms(link, job, indices),
+            deadline_ms=self._exchange.deadline_ms,
+            memory=named.memory if named else None,
+            **_terms(link, job, self._indices),
         )
-        request_id = link.put(message, transfer, settle)
-        job.borrow(transfer, stop)
+        self._request_id = link.put(message, transfer, self._answered)
+        job.borrow(transfer, self._stop)
         try:
-            await done
+            await self._done
             job.finished(transfer)
             if not transfer.idle:
-                transfer.on_idle = on_idle
-                link.expect_idle(transfer)
-                await idle
+                await self._sent()
+            if named is not None:
+                await asyncio.shield(named.free)
         finally:
-            if not done.done() or done.cancelled():
-                link.cancel_put(request_id, transfer)
+            if not self._done.done() or self._done.cancelled():
+                self._cancel()
             job.finished(transfer)
-            if transfer.idle:
+            if named is not None:
+                named.when_free(job.let_go)
+            elif transfer.idle:
                 job.let_go()
             else:  # this task was cancelled: the memory is free when the link lets go of it
                 transfer.on_idle = job.let_go
+
+    async def _sent(self) -> None:
+        """Wait until what is half sent was taken."""
+        idle: asyncio.Future[None] = self._loop.create_future()
+        self._transfer.on_idle = lambda: None if idle.done() else idle.set_result(None)
+        self._link.expect_idle(self._transfer)
+        await idle
+
+    def _settle(self, reply: Reply | None) -> None:
+        if self._done.done():
+            return
+        self._done.set_result(None)
+        transfer = self._transfer
+        self._exchange.end(
+            reply, transfer.sent_bytes if self._named is None else self._taken(reply)
+        )
+        if reply is None:
+            return  # the job has ended and knows best
+        transfer.fail_rest(PutOutcome.UNAVAILABLE)
+        for index, outcome in zip(self._indices, transfer.outcomes, strict=True):
+            self._on_outcome(index, PutOutcome(outcome))
+
+    def _taken(self, reply: Reply | None) -> int:
+        """Bytes of memory that the peer took by itself, by what it says of it."""
+        outcomes = reply.outcomes if isinstance(reply, PutDone) else b""
+        return sum(map(outcomes.count, _TAKEN)) * self._job.geometry.block_bytes
+
+    def _answered(self, reply: Reply) -> None:
+        self._settle(reply)
+        if self._named is not None:
+            self._named.answered(reply)
+
+    def _cancel(self) -> None:
+        self._link.cancel_put(self._request_id, self._transfer)
+        if self._named is not None:
+            self._link.expect_free(self._named)
+
+    def _stop(self) -> None:
+        self._cancel()
+        self._settle(None)

@@ -1,0 +1,169 @@
+"""Memory of the caller that peers may reach by themselves: regions, by address.
+
+A region is handed over, or registered, once; requests then name places in it. What lies in no
+region travels through a socket.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+
+from kvstore.buffers import Region as SharedMemory
+from kvstore.errors import LocalProtocolError
+from kvstore.memorymessages import REGIONS_SHARED_MAX
+from kvstore.transfer import as_memory
+from kvstore.transport.shm import address_of
+
+
+class Region:
+    """A piece of memory that peers may reach; made by `allocate` or `register` of a client.
+
+    Ownership: of memory that the client allocated `free` gives it back, when the last slice of
+    `view` is gone. Memory that was registered stays its owner's, who keeps it alive until `free`
+    has returned.
+
+    Attributes:
+        number: Its name at peers.
+        view: All of it, writable.
+        size_bytes: How much that is.
+        address: Of its first byte.
+        users: Requests that have named it to a peer and are not quiet.
+    """
+
+    __slots__ = ("_shared", "address", "number", "size_bytes", "users", "view")
+
+    def __init__(self, number: int, view: memoryview, shared: SharedMemory | None) -> None:
+        self.number = number
+        self.view = view
+        self.size_bytes = len(view)
+        self.address = address_of(view)
+        self.users = 0
+        self._shared = shared
+
+    @property
+    def fd(self) -> int | None:
+        """The memfd behind it; None of memory that cannot be handed to another process."""
+        return None if self._shared is None else self._shared.fd
+
+    @classmethod
+    def from_dmabuf(cls, fd: int, size_bytes: int) -> Region:
+        """Memory of a GPU, by the descriptor that its driver exports for RDMA.
+
+        Foreseen, and not there yet: it cannot be tried without a GPU beside an RDMA device.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "GPU memory as a region (dmabuf) is not supported yet: fetch into host memory"
+        )
+
+    def give_back(self) -> None:
+        """No peer reaches it any more: what the client has allocated goes back."""
+        self.view = memoryview(b"")
+        if self._shared is not None:
+            self._shared.close()
+
+
+class Regions:
+    """All regions of a client. On the loop's thread, but for `locate`."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._by_address: list[Region] = []
+        self._starts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._by_address)
+
+    def all(self) -> list[Region]:
+        """Every region, by address."""
+        return list(self._by_address)
+
+    def allocate(self, size_bytes: int) -> Region:
+        """New memory that can be handed to other processes; touched. Takes milliseconds for
+        100 MiB.
+
+        Raises:
+            LocalProtocolError: No size, or too many regions.
+            OSError: The system has no memory left.
+        """
+        self._check_room()
+        shared = SharedMemory(size_bytes, "kvstore-region")
+        try:
+            shared.touch()
+        except BaseException:
+            shared.close()
+            raise
+        return self._add(Region(next(self._numbers), shared.view, shared))
+
+    def adopt(self, shared: SharedMemory) -> Region:
+        """Memory of this process that is a memfd already; it stays its owner's."""
+        self._check_room()
+        return self._add(Region(next(self._numbers), shared.view, shared))
+
+    def register(self, buffer: object) -> Region:
+        """Memory that the caller has.
+
+        Raises:
+            LocalProtocolError: No contiguous writable buffer, or it overlaps another region.
+        """
+        self._check_room()
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        flat = as_memory(buffer, "register", view.nbytes, writable=True)
+        return self._add(Region(next(self._numbers), flat, None))
+
+    def check_free(self, region: Region) -> None:
+        """Whether a region may go.
+
+        Raises:
+            LocalProtocolError: It is none of these, or peers may still touch it.
+        """
+        if region not in self._by_address:
+            raise LocalProtocolError("this region is none of this client, or was freed before")
+        if region.users:
+            raise LocalProtocolError(
+                f"this region is in use by {region.users} requests: wait for `quiet`"
+            )
+
+    def remove(self, region: Region, close: bool = True) -> None:
+        """Forget a region; requests name it no more."""
+        at = self._by_address.index(region)
+        del self._by_address[at], self._starts[at]
+        if close:
+            region.give_back()
+
+    def locate(self, view: memoryview) -> tuple[Region, int] | None:
+        """The region of a contiguous view, and where in it; None if it is in none."""
+        if not self._starts:
+            return None
+        address = address_of(view)
+        at = bisect_right(self._starts, address) - 1
+        if at < 0:
+            return None
+        region = self._by_address[at]
+        offset = address - region.address
+        return (region, offset) if offset + len(view) <= region.size_bytes else None
+
+    def _check_room(self) -> None:
+        if len(self._by_address) >= REGIONS_SHARED_MAX:
+            raise LocalProtocolError(
+                f"{len(self._by_address)} regions: the limit is {REGIONS_SHARED_MAX}; allocate"
+                " fewer and larger ones"
+            )
+
+    def _add(self, region: Region) -> Region:
+        at = bisect_right(self._starts, region.address)
+        before, after = self._by_address[at - 1 : at], self._by_address[at : at + 1]
+        if any(one.address + one.size_bytes > region.address for one in before) or any(
+            region.address + region.size_bytes > one.address for one in after
+        ):
+            region.give_back()
+            raise LocalProtocolError("register: the buffer overlaps a region of this client")
+        self._by_address.insert(at, region)
+        self._starts.insert(at, region.address)
+        return region
+
+
+__all__ = ["Region", "Regions"]

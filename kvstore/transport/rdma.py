@@ -1,0 +1,400 @@
+"""RDMA: payload that devices bring from the memory of one process into that of another.
+
+::
+
+    process           RdmaNode: rails (ports of devices), and what is registered on them
+      session           RdmaEnd: one queue pair a rail
+        fetch             RdmaSink: WRITE into the asker's memory, and news of each run
+        put               RdmaPuller: READ out of it
+
+    asker (passive)                                      server (active)
+    its own region, keys in FETCH and PUT ◀═══ one-sided ═══▶ arena; no key of it is ever given
+
+Requests, checksums and outcomes travel on the control connection. Rule: whatever the device or
+the peer does, memory is released only after the queue pair that touched it is done with it, or
+closed; and every wait has an end, `RdmaOptions.stall_s`.
+
+What is here is shell: it polls when the event loop says that there are completions, and blocks
+never. Everything is on the loop's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from functools import partial
+
+from kvstore.errors import Busy, LimitExceeded, TransportError, TransportTimeout
+from kvstore.transport.rdma_end import RdmaEnd
+from kvstore.transport.rdma_fetch import RdmaSink
+from kvstore.transport.rdma_memory import (
+    REGISTRATIONS_MAX,
+    Registration,
+    Registrations,
+    close_regions,
+)
+from kvstore.transport.rdma_options import RdmaOptions, check_rdma_options
+from kvstore.transport.rdma_put import RdmaPuller
+from kvstore.transport.rdma_queue import (
+    PIECES_MAX,
+    RECEIVES_MAX,
+    SENDS_MAX,
+    RdmaQueue,
+)
+from kvstore.transport.rdma_rails import choose_rails
+from kvstore.transport.shm import address_of
+from kvstore.transport.verbs import (
+    MemoryRegion,
+    NoDevice,
+    QueueAddress,
+    QueueSetup,
+    Rail,
+    Verbs,
+    VerbsClosed,
+    VerbsError,
+)
+
+# Completions taken in one go, and how often in one turn of the loop: a few ms at most.
+_POLL_COUNT = 256
+_POLLS_PER_TURN = 4
+# The watch looks so many times while a queue pair may stall.
+_LOOKS_PER_STALL = 4
+# READs that a queue pair of ours serves or asks for at once; devices have 16 and more.
+_READS_MAX = 16
+
+
+class _OpenRail:
+    """A rail and what hangs on it.
+
+    Attributes:
+        queues: By number.
+        reserved: Completions that can be under way.
+        broken: Why it is of no use for good; "" while it is.
+        fd: What the loop watches; -1 if it does not.
+    """
+
+    def __init__(self, rail: Rail) -> None:
+        self.rail = rail
+        self.queues: dict[int, RdmaQueue] = {}
+        self.reserved = 0
+        self.broken = ""
+        self.fd = -1
+
+    def reason(self) -> str:
+        """Why it cannot be used now; "" if it can."""
+        return self.broken or self.rail.failed()
+
+
+class RdmaNode:
+    """The rails of this process.
+
+    Args:
+        loop: Everything happens on it.
+        options: Checked here.
+        local_address: See `choose_rails`.
+
+    Attributes:
+        options: As given.
+        left_out: Why rails could not be opened.
+
+    Raises:
+        ConfigError: An option cannot be.
+        NoDevice, VerbsMissing, VerbsForbidden, VerbsError: No rail could be opened; says why.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        verbs: Verbs,
+        options: RdmaOptions | None = None,
+        local_address: str | None = None,
+    ) -> None:
+        self.loop = loop
+        self.options = check_rdma_options(options or RdmaOptions())
+        self.closed = False
+        self.left_out: list[VerbsError] = []
+        self._memory = Registrations()
+        self._ends: dict[RdmaEnd, None] = {}
+        self._watch: asyncio.TimerHandle | None = None
+        self._rails: list[_OpenRail] = []
+        for setup in choose_rails(verbs.devices(), self.options, local_address):
+            try:
+                self._rails.append(_OpenRail(verbs.open(setup)))
+            except VerbsError as error:
+                self.left_out.append(error)
+        if not self._rails:
+            kinds = {type(error) for error in self.left_out}
+            kind = kinds.pop() if len(kinds) == 1 else NoDevice
+            raise kind("; ".join(map(str, self.left_out)))
+        for rail in self._rails:
+            rail.fd = rail.rail.fileno()
+            loop.add_reader(rail.fd, partial(self._readable, rail))
+
+    @property
+    def rail_names(self) -> list[str]:
+        """Names of all rails, in their order."""
+        return [rail.rail.name for rail in self._rails]
+
+    def failures(self) -> dict[str, str]:
+        """Rails that are of no use now, and why."""
+        self._check()
+        reasons = {rail.rail.name: rail.reason() for rail in self._rails}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    # --- memory ----------------------------------------------------------------------------
+
+    def register(
+        self, view: memoryview, *, remote_write: bool = False, remote_read: bool = False
+    ) -> Registration:
+        """Register memory on all rails. It is pinned, which takes milliseconds for 64 MiB that
+        was touched before.
+
+        Ownership: the view is held, and the memory stays in use, until `Registration.close`.
+
+        Args:
+            remote_write, remote_read: What peers that know its keys may do.
+
+        Raises:
+            VerbsForbidden: The limit on locked memory is too low; says it.
+            VerbsError: The memory cannot be reached by a device.
+            LimitExceeded: Too many registrations.
+        """
+        self._check()
+        if len(self._memory) >= REGISTRATIONS_MAX:
+            raise LimitExceeded(f"more than {REGISTRATIONS_MAX} registrations of memory")
+        address = address_of(view)
+        regions: list[MemoryRegion | None] = []
+        try:
+            for rail in self._rails:
+                regions.append(
+                    self._register(rail, address, view.nbytes, remote_write, remote_read)
+                )
+            if not any(regions):
+                raise VerbsError(
+                    f"register {view.nbytes} bytes: no rail is left: {self.failures()}"
+                )
+        except BaseException:
+            with contextlib.suppress(VerbsError):
+                close_regions(regions)
+            raise
+        registration = Registration(view, address, regions, self._memory.remove)
+        self._memory.add(registration)
+        return registration
+
+    def find(self, address: int, length: int) -> Registration | None:
+        """The registration that a range of addresses lies in; None if it lies in none."""
+        return self._memory.find(address, length)
+
+    # --- sessions --------------------------------------------------------------------------
+
+    def end(self, peer: str, *, active: bool) -> RdmaEnd:
+        """One side of a new session, with a queue pair on each rail that works.
+
+        Args:
+            peer: Who is at the other side, for people.
+            active: Whether this side moves the payload.
+
+        Raises:
+            Busy: A rail has no room for the completions of one more.
+            TransportError: No rail works; says why.
+        """
+        self._check()
+        setup = QueueSetup(SENDS_MAX, 1, 1) if active else QueueSetup(1, RECEIVES_MAX, 1)
+        end = RdmaEnd(self, peer, active, len(self._rails), self._memory)
+        self._ends[end] = None
+        reasons = []
+        try:
+            for place, rail in enumerate(self._rails):
+                try:
+                    reason = rail.reason()
+                    if not reason:
+                        self._add_queue(end, rail, place, setup)
+                except VerbsError as error:
+                    reason = str(error)
+                if reason:
+                    reasons.append(reason)
+        except BaseException:
+            end.close()
+            raise
+        if not end.queues:
+            end.close()
+            raise TransportError(f"rdma to {peer}: no rail works: {'; '.join(reasons)}")
+        self._start_watch()
+        return end
+
+    def close(self) -> None:
+        """Close ends, registrations and rails, in this order. Harmless when called again."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        with contextlib.ExitStack() as ending:
+            # The last one first; all of them, even if one fails.
+            for rail in self._rails:
+                ending.callback(rail.rail.close)
+                ending.callback(self._unwatch, rail)
+            for registration in self._memory.all:
+                ending.callback(registration.close)
+            for end in list(self._ends):
+                ending.callback(end.close)
+
+    # --- what ends call ----------------------------------------------------------------------
+
+    def connect(self, queue: RdmaQueue, peer: QueueAddress) -> None:
+        """Connect a queue pair; raises as `QueuePair.connect`."""
+        rail = self._rails[queue.place].rail
+        mtu_bytes = min(peer.mtu_bytes, self.options.mtu_bytes or peer.mtu_bytes)
+        tuning = self.options.tuning(min(rail.reads_max, _READS_MAX))
+        queue.pair.connect(peer._replace(mtu_bytes=mtu_bytes), tuning)
+
+    def drop(self, queue: RdmaQueue) -> None:
+        """A queue pair is about to be closed: no completion of it is looked at any more."""
+        rail = self._rails[queue.place]
+        if rail.queues.pop(queue.pair.number, None) is not None:
+            rail.reserved -= _reserve(queue.end.active)
+
+    def forget(self, end: RdmaEnd) -> None:
+        """An end is closed."""
+        self._ends.pop(end, None)
+
+    # --- inside ----------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        if self.closed:
+            raise VerbsClosed("the RDMA node is closed")
+
+    def _register(
+        self, rail: _OpenRail, address: int, length: int, write: bool, read: bool
+    ) -> MemoryRegion | None:
+        """A region, or None on a rail that is of no use."""
+        if rail.broken:
+            return None
+        try:
+            return rail.rail.register(address, length, remote_write=write, remote_read=read)
+        except VerbsError:
+            reason = rail.rail.failed()
+            if not reason:
+                raise
+            # It has no key for this memory, so that it cannot come back either.
+            self._break(rail, reason)
+            return None
+
+    def _add_queue(self, end: RdmaEnd, rail: _OpenRail, place: int, setup: QueueSetup) -> None:
+        need = _reserve(end.active)
+        if rail.reserved + need > rail.rail.completions_max:
+            raise Busy(
+                f"{rail.rail.name}: {rail.reserved} completions of other sessions and {need} of"
+                f" this one, the limit is {rail.rail.completions_max}"
+            )
+        if end.active:
+            setup = setup._replace(pieces_max=min(PIECES_MAX, rail.rail.pieces_max))
+        pair = rail.rail.queue_pair(setup)
+        queue = RdmaQueue(end, pair, setup, rail.rail, place, self.loop.time)
+        rail.queues[pair.number] = queue
+        rail.reserved += need
+        end.queues.append(queue)
+        if not end.active:
+            try:
+                pair.post_receives(RECEIVES_MAX)
+            except VerbsError:
+                end.queues.remove(queue)
+                self.drop(queue)
+                queue.close()
+                raise
+
+    def _readable(self, rail: _OpenRail) -> None:
+        """Take completions until there are none, or others have their turn."""
+        for _ in range(_POLLS_PER_TURN):
+            if not self._poll(rail):
+                return
+        self.loop.call_soon(self._readable, rail)
+
+    def _poll(self, rail: _OpenRail) -> bool:
+        """Take completions; whether there may be more."""
+        if rail.rail.closed or rail.broken:
+            return False
+        try:
+            batch = rail.rail.poll(_POLL_COUNT)
+        except VerbsError as error:
+            self._break(rail, str(error))
+            return False
+        queues = rail.queues
+        ends: dict[RdmaEnd, None] = {}
+        for completion in batch:
+            queue = queues.get(completion.queue)
+            if queue is not None:
+                end = queue.end
+                ends[end] = None
+                end.on_completion(queue, completion)
+        for end in ends:
+            end.settle()
+        return len(batch) == _POLL_COUNT
+
+    def _break(self, rail: _OpenRail, reason: str) -> None:
+        """A rail is of no use any more, for good."""
+        rail.broken = reason
+        self._unwatch(rail)
+        self._fail_all(rail, reason)
+
+    def _fail_all(self, rail: _OpenRail, reason: str) -> None:
+        for queue in list(rail.queues.values()):
+            queue.end.fail(queue, TransportError(f"rdma {queue.name}: {reason}"))
+
+    def _unwatch(self, rail: _OpenRail) -> None:
+        fd, rail.fd = rail.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self.loop.remove_reader(fd)
+
+    def _start_watch(self) -> None:
+        if self._watch is None:
+            self._watch = self.loop.call_later(self.options.stall_s / _LOOKS_PER_STALL, self._look)
+
+    def _look(self) -> None:
+        """Give up rails that have failed, and queue pairs on which nothing moves."""
+        self._watch = None
+        late = self.loop.time() - self.options.stall_s
+        for rail in self._rails:
+            reason = rail.reason()
+            if reason:
+                self._fail_all(rail, reason)
+                continue
+            stalled = [queue for queue in rail.queues.values() if _stalled(queue, late)]
+            if stalled:
+                # Perhaps it was this loop that had no time for the completions.
+                while self._poll(rail):
+                    pass
+            for queue in stalled:
+                if not queue.closed and _stalled(queue, late):
+                    queue.end.fail(
+                        queue,
+                        TransportTimeout(
+                            f"rdma {queue.name}: nothing has completed for"
+                            f" {self.options.stall_s:g} s"
+                        ),
+                    )
+        if self._ends and not self.closed:
+            self._start_watch()
+
+
+def _reserve(active: bool) -> int:
+    """Completions that a queue pair may have under way."""
+    return SENDS_MAX if active else RECEIVES_MAX
+
+
+def _stalled(queue: RdmaQueue, late: float) -> bool:
+    return queue.outstanding and queue.progress_at <= late
+
+
+__all__ = [
+    "RdmaEnd",
+    "RdmaNode",
+    "RdmaOptions",
+    "RdmaPuller",
+    "RdmaSink",
+    "Registration",
+    "check_rdma_options",
+    "choose_rails",
+]
