@@ -23,6 +23,7 @@ import msgspec
 from kvstore.blocksource import (
     BlockSource,
 )
+from kvstore.buffers import Region
 from kvstore.endpoint import Endpoint
 from kvstore.errors import (
     ConfigError,
@@ -39,6 +40,7 @@ from kvstore.session import ServerConnection, Session
 from kvstore.transport import Listener, Marking, Stream, listen
 from kvstore.transport.shm import host_name
 from kvstore.version import VERSION
+from kvstore.views import ViewMemory
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
             middle of something, is closed.
         drain_s: How long a graceful stop waits for requests under way.
         insecure: Allow listeners off loopback although there is no authentication yet.
+        pool: The only pool that may be opened, "" for any.
         memory_uids: Users whose processes may hand memory over and map ours, on unix sockets.
     """
 
@@ -70,6 +73,7 @@ class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
     stall_timeout_s: float = 30.0
     drain_s: float = 30.0
     insecure: bool = False
+    pool: str = ""
     memory_uids: frozenset[int] = msgspec.field(
         default_factory=lambda: frozenset({0, os.geteuid()})
     )
@@ -92,8 +96,11 @@ class Server:
         endpoints: Where to listen.
         options: Names and limits.
         marking: What the packets that it sends carry.
+        memory: What the source gives out blocks of. With `options.pool` clients on this host may
+            map it.
 
     Attributes:
+        views: Of the memory; None if nobody may map it.
         endpoints: Where it really listens, once started (ports that the system chose).
         counters: Everything it has counted, by name.
     """
@@ -104,6 +111,7 @@ class Server:
         endpoints: Sequence[Endpoint],
         options: ServerOptions,
         marking: Marking | None = None,
+        memory: Region | None = None,
     ) -> None:
         for endpoint in endpoints:
             if not (endpoint.is_loopback or options.insecure):
@@ -117,6 +125,7 @@ class Server:
         self.options = options
         self.boot_id = os.urandom(16)
         self.counters: Counter[str] = Counter()
+        self.views = ViewMemory(memory) if memory is not None and options.pool else None
         #: For clients on this host: what tells it from others, and our unix socket there.
         self.host = self.local = ""
         self.connections: set[ServerConnection] = set()
@@ -182,6 +191,8 @@ class Server:
         self.reporter.close()
         for connection in list(self.connections):
             connection.connection.close(TransportError("the server has stopped"))
+        if self.views is not None:
+            self.views.close()
 
     def status(self) -> Status:
         """What an operator sees of this node."""

@@ -29,7 +29,16 @@ from kvstore.errors import (
     Unsupported,
 )
 from kvstore.layout import Geometry, PieceMap
-from kvstore.memorymessages import SHM, Share, Unshare
+from kvstore.memorymessages import (
+    SHM,
+    VIEWS,
+    Map,
+    Mapped,
+    Renew,
+    RenewReply,
+    Share,
+    Unshare,
+)
 from kvstore.messages import (
     LOOKUP_PROBES_MAX,
     Cancel,
@@ -59,6 +68,7 @@ from kvstore.messages import (
     Release,
     ReleaseReply,
     Subscribe,
+    View,
     Welcome,
     reasons,
 )
@@ -66,6 +76,7 @@ from kvstore.protocol import ServerHooks, ServerProtocol
 from kvstore.sessionmemory import SessionMemory
 from kvstore.transport import Stream
 from kvstore.transport.connection import FrameConnection
+from kvstore.views import LEASE_FIRST, SessionViews
 from kvstore.wire import FrameType
 
 if TYPE_CHECKING:
@@ -91,6 +102,7 @@ class Session(Asker):
         self.connections: set[ServerConnection] = set()
         self.early_cancels: OrderedDict[int, None] = OrderedDict()
         self.memory = SessionMemory(node_id)
+        self.views: SessionViews | None = None
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request on whichever connection it runs; remember it if it is yet to come."""
@@ -165,11 +177,17 @@ class ServerConnection(ServerHooks):
             node_id=server.options.node_id,
             boot_id=server.boot_id,
             role=server.options.role,
-            capabilities=(SHM,) if self._trusted else (),
+            capabilities=self._capabilities(),
             limits=Limits(in_flight_bytes=server.options.in_flight_bytes_max),
             host=server.host,
             local=server.local,
         )
+
+    def _capabilities(self) -> tuple[str, ...]:
+        """Ways into memory that the client may choose from."""
+        if not self._trusted:
+            return ()
+        return (SHM, VIEWS) if self.server.views is not None else (SHM,)
 
     def request(self, type: FrameType, request_id: int, message: Message) -> None:
         server = self.server
@@ -238,6 +256,12 @@ class ServerConnection(ServerHooks):
     def _open_namespace(self, request_id: int, message: OpenNamespace) -> None:
         session = self.session
         assert session is not None
+
+        only = self.server.options.pool
+        if only and message.pool != only:
+            raise PermissionDenied(
+                f"pool {message.pool!r}: this process serves pool {only!r} alone (--pool)"
+            )
 
         def reply(info: NamespaceInfo) -> Message:
             session.namespaces.add(info.namespace)
@@ -339,6 +363,57 @@ class ServerConnection(ServerHooks):
         self.session.memory.shared.unshare(message.number)
         self.protocol.reply(FrameType.UNSHARE, request_id, Empty())
 
+    def _map(self, request_id: int, message: Map) -> None:
+        views = self._session_views()
+        self.server.source.layer_bytes(message.namespace)  # whether it is open here
+        self.connection.stream.send_descriptor(views.memory.fd)
+        reply = Mapped(size_bytes=views.memory.region.size_bytes)
+        self.protocol.reply(FrameType.MAP, request_id, reply)
+
+    def _view(self, request_id: int, message: View) -> None:
+        self.protocol.check_room(request_id)
+        source, fetch = self.server.source, message.fetch
+        views, session = self._session_views(), self.session
+        assert session is not None
+        pieces = PieceMap(Geometry(source.layer_bytes(fetch.namespace)), len(fetch.keys))
+        sink = views.sink(fetch.namespace, fetch.keys, pieces, message.lease_ms, message.verify)
+        stream = source.fetch(fetch.namespace, fetch.keys, pieces, session, fetch)
+        self._begin(request_id, fetch.deadline_ms)
+        self.protocol.add_fetch(request_id, stream, fetch.priority, sink)
+        self._cancelled_early(request_id)
+
+    def _renew(self, request_id: int, message: Renew) -> None:
+        assert self.session is not None
+        views = self.session.views
+        held = (
+            views.renew(message.leases, message.lease_ms)
+            if views is not None
+            else [False] * len(message.leases)
+        )
+        self.protocol.reply(FrameType.RENEW, request_id, RenewReply(held=tuple(held)))
+
+    def _session_views(self) -> SessionViews:
+        """The views of this client.
+
+        Raises:
+            Unsupported: This server has none.
+            PermissionDenied: Not for this client.
+        """
+        session, memory = self.session, self.server.views
+        assert session is not None
+        if memory is None:
+            raise Unsupported(
+                "memory is mapped only where a process serves one pool and no other (--pool)"
+            )
+        if not self._trusted:
+            raise PermissionDenied(
+                "memory can be mapped over a unix socket, by processes of the users"
+                f" {sorted(self.server.options.memory_uids)}"
+            )
+        if session.views is None:
+            session.views = SessionViews(self.server.loop, memory)
+        return session.views
+
     def _drop_descriptor(self) -> None:
         fd = self.connection.stream.take_descriptor()
         if fd is not None:
@@ -355,6 +430,11 @@ class ServerConnection(ServerHooks):
 
     def _release(self, request_id: int, message: Release) -> None:
         assert self.session is not None
+        if all(number >= LEASE_FIRST for number in message.leases):
+            views = self.session.views
+            held = [views is not None and views.release(number) for number in message.leases]
+            self.protocol.reply(FrameType.RELEASE, request_id, ReleaseReply(held=tuple(held)))
+            return
         answer = self.server.source.release(message.leases, self.session)
         self._answer(
             FrameType.RELEASE, request_id, answer, lambda held: ReleaseReply(held=tuple(held))
@@ -527,6 +607,8 @@ class ServerConnection(ServerHooks):
                 server.sessions.pop(self.session_key, None)
                 server.source.owner_gone(self.session)
                 self.session.memory.close()
+                if self.session.views is not None:
+                    self.session.views.close()
         server.reporter.touch()
 
 
@@ -551,6 +633,7 @@ _ALLOWED_WHILE_DRAINING = frozenset(
         FrameType.PING,
         FrameType.SUBSCRIBE,
         FrameType.UNSHARE,
+        FrameType.RENEW,
     }
 )
 _HANDLERS: dict[FrameType, Callable[[ServerConnection, int, Any], None]] = {
@@ -570,6 +653,9 @@ _HANDLERS: dict[FrameType, Callable[[ServerConnection, int, Any], None]] = {
     FrameType.PING: ServerConnection._ping,
     FrameType.SHARE: ServerConnection._share,
     FrameType.UNSHARE: ServerConnection._unshare,
+    FrameType.MAP: ServerConnection._map,
+    FrameType.VIEW: ServerConnection._view,
+    FrameType.RENEW: ServerConnection._renew,
 }
 
 __all__ = ["ServerConnection", "Session"]

@@ -47,6 +47,7 @@ from kvstore_client.handles import (
 )
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
+from kvstore_client.views import Views
 
 __all__ = [
     "AckLevel",
@@ -88,4 +89,5 @@ __all__ = [
     "TransportError",
     "TransportTimeout",
     "UnknownNamespace",
+    "Views",
 ]

@@ -7,7 +7,7 @@ import logging
 from typing import NamedTuple
 
 from kvstore.errors import RefusedError
-from kvstore.memorymessages import RDMA, SHM
+from kvstore.memorymessages import RDMA, SHM, VIEWS
 from kvstore.messages import Welcome
 from kvstore.transport.connection import FrameConnection
 from kvstore_client.linkmemory import Ask, LinkMemory, SharedMemory
@@ -50,7 +50,7 @@ async def agree(
     offered, stream = welcome.capabilities, channels.fetch.stream.transport
     if SHM in offered and wanted in (AUTO, SHM):
         carriers = (channels.fetch, channels.put)
-        return SharedMemory(loop, regions, channels.control, carriers, ask)
+        return SharedMemory(loop, regions, channels.control, carriers, ask, VIEWS in offered)
     if wanted not in (AUTO, stream):
         raise RefusedError(
             f"transport={wanted}, and nothing else is to be used: {welcome.node_id} offers"

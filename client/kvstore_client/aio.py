@@ -36,17 +36,21 @@ from kvstore_client.arguments import (
     fetch_route,
     put_job,
 )
-from kvstore_client.cluster import Cluster, ClusterOptions
+from kvstore_client.cluster import Cluster
+from kvstore_client.clusteroptions import ClusterOptions
 from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Claimed, Lease, LookupResult
 from kvstore_client.jobs import Offer
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.relays import check_policy, check_relays
 from kvstore_client.selector import Policy
+from kvstore_client.views import Views
 
 # How long an agent keeps blocks for an engine that has not claimed them yet: as long as two
 # requests with the default deadline.
 RETAIN_S = 10.0
+# How long a view's blocks stay when their reader has died; it is renewed three times as often.
+VIEW_LEASE_S = 5.0
 # An engine waits this long at most for KV-cache before it computes it again.
 DEADLINE_S = 5.0
 
@@ -388,6 +392,35 @@ class AsyncClient:
         route = fetch_route(decode_node, None, RETAIN_S, "", 0.0)
         span = check_layers(namespace, layers)
         return self.cluster.estimate_s(namespace, check_chain(keys, first, chain), span, route)
+
+    async def view(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+        lease_s: float = VIEW_LEASE_S,
+        deadline_s: float | None = None,
+        verify: bool = True,
+    ) -> Views:
+        """Read blocks where they lie, in the memory of a daemon or agent on this host that was
+        started for this pool alone (`--pool`): nothing is copied.
+
+        Args:
+            lease_s: How long the blocks stay if this process dies or hangs; the library renews
+                the lease while it lives.
+            deadline_s: When to do without an answer.
+            verify: Whether the server compares them with their checksums first.
+
+        Returns:
+            The views; call their `release`, whose answer says whether what was read counts.
+        """
+        self._running()
+        blocks = check_chain(keys, first, chain)
+        timeout_s = check_deadline(self.deadline_s if deadline_s is None else deadline_s)
+        lease_ms = max(1, check_lease(lease_s))
+        return await self.cluster.view(namespace, blocks, lease_ms, timeout_s, verify)
 
     async def allocate(self, size_bytes: int) -> Region:
         """Memory for blocks that peers reach by themselves, by shared memory or RDMA: what is

@@ -17,8 +17,6 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-import msgspec
-
 from kvstore.checksum import CHECKSUM_BYTES
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import (
@@ -47,7 +45,7 @@ from kvstore.messages import (
 )
 from kvstore.protocol import Reply
 from kvstore.wire import FrameType
-from kvstore_client.agreement import AUTO
+from kvstore_client.clusteroptions import ClusterOptions
 from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
@@ -76,6 +74,7 @@ from kvstore_client.placement import (
 from kvstore_client.relays import Relays, check_relays
 from kvstore_client.selector import PathMeter, Policy, Span
 from kvstore_client.spread import Spread, Ways
+from kvstore_client.views import Views, view_at
 from kvstore_client.voices import Voices
 
 ReplyT = TypeVar("ReplyT", bound=Message)
@@ -89,34 +88,6 @@ logger = logging.getLogger(__name__)
 PUT_BYTES_MAX = 16 * 1024 * 1024
 # Of an extent in the metadata of a request to an agent, beside the key of its head.
 EXTENT_METADATA_BYTES = 4
-
-
-class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a client introduces itself and how long it waits.
-
-    Attributes:
-        node_id: Name of this node, the same for all clients on it.
-        token: Credentials.
-        copies: Daemons that get each block: 1, or 2 to survive the loss of one.
-        connect_timeout_s: For connecting, and for requests without payload.
-        seed: Of backoff, ramp-in and the selector; None draws one.
-        relays: Endpoints of agents that may relay for this node.
-        policy: How fetches are spread over the paths.
-        role: How this node introduces itself.
-        transport: What is to move payload; see `AsyncClient`.
-        verify: Whether what comes is compared with its checksums.
-    """
-
-    node_id: str
-    token: str = ""
-    copies: int = 1
-    connect_timeout_s: float = 1.0
-    seed: int | None = None
-    relays: tuple[str, ...] = ()
-    policy: Policy = Policy.BALANCED
-    role: Role = Role.CLIENT
-    transport: str = AUTO
-    verify: bool = True
 
 
 class Cluster(Ways):
@@ -422,6 +393,32 @@ class Cluster(Ways):
         if not self.attached:
             raise _no_agent(what)
         return self._links[0]
+
+    # --- views -----------------------------------------------------------------------------
+
+    async def view(
+        self,
+        namespace: Namespace,
+        chain: Chain | PlacedKeys,
+        lease_ms: int,
+        timeout_s: float,
+        verify: bool,
+    ) -> Views:
+        """Leased views of blocks; see `AsyncClient.view`."""
+        views = Views(len(chain.wanted))
+        try:
+            await _all(
+                view_at(
+                    self._loop, link, namespace, chain, part, views, lease_ms, timeout_s, verify
+                )
+                for peer, indices in by_owner(self._placement.extents(chain), 0).items()
+                for link in (self._links[peer],)
+                for part in parts(indices, link.keys_max())
+            )
+        except BaseException:
+            views.abandon()
+            raise
+        return views
 
     # --- fetch -----------------------------------------------------------------------------
 

@@ -352,12 +352,29 @@ class PeerLink:
             raise reply
         return reply  # type: ignore[return-value]
 
-    def tell(self, type: FrameType, message: Message) -> None:
+    async def call_carrier(
+        self,
+        type: FrameType,
+        message: Message,
+        timeout_s: float | None = None,
+        on_late: Callable[[Reply], None] = lambda reply: None,
+    ) -> Message:
+        """As `call`, on the connection of fetches: what keeps the server busy for a while."""
+        if self._channels is None:
+            raise self.unavailable()
+        limit_s = self._timeout_s if timeout_s is None else timeout_s
+        return await self._ask(self._channels.fetch, type, message, limit_s, on_late)
+
+    def tell(
+        self,
+        type: FrameType,
+        message: Message,
+        on_reply: Callable[[Reply], None] = lambda reply: None,
+    ) -> None:
         """A request whose reply nobody waits for; nothing happens while the link is down."""
         if self._channels is not None:
-            _client(self._channels.control).call(
-                next(self._request_ids), type, message, lambda reply: None
-            )
+            control = _client(self._channels.control)
+            control.call(next(self._request_ids), type, message, on_reply)
 
     def fetch(
         self, message: Fetch, transfer: FetchTransfer, on_reply: Callable[[Reply], None]

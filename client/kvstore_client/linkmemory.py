@@ -9,16 +9,18 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
-from kvstore.errors import RefusedError
+from kvstore.errors import RefusedError, RemoteProtocolError
 from kvstore.memorymap import PLACE_BYTES, describe
-from kvstore.memorymessages import Memory, MemoryRegion, Share, Unshare
+from kvstore.memorymessages import Map, Mapped, Memory, MemoryRegion, Share, Unshare
 from kvstore.messages import Message
 from kvstore.protocol import Reply
 from kvstore.transfer import BlockMemory
 from kvstore.transport.connection import FrameConnection
+from kvstore.transport.shm import MappedArena
 from kvstore.wire import FrameType
 from kvstore_client.memory import Region, Regions
 
@@ -142,6 +144,7 @@ class SharedMemory(LinkMemory):
         control: Of the link; descriptors go with what it sends.
         carriers: The connections on which requests name memory.
         ask: Sends a request on `control`.
+        views: Whether the peer lets us map its own memory.
     """
 
     transport = "shm"
@@ -153,10 +156,13 @@ class SharedMemory(LinkMemory):
         control: FrameConnection,
         carriers: Sequence[FrameConnection],
         ask: Ask,
+        views: bool,
     ) -> None:
         super().__init__(loop, regions)
         self._control = control
         self._ask = ask
+        self.views = views
+        self._arena: MappedArena | None = None
         self._known: set[int] = set()
         self._left = len(carriers)  # whose end by the peer is yet to come
         for connection in carriers:
@@ -184,8 +190,30 @@ class SharedMemory(LinkMemory):
             self._known.discard(region.number)
             await self._ask(FrameType.UNSHARE, Unshare(number=region.number))
 
+    async def map(self, namespace: bytes) -> memoryview:
+        """The peer's memory, read-only; mapped when first asked for.
+
+        Raises:
+            KVStoreError: The peer refuses, or what it hands over is not protected.
+        """
+        if self._arena is None:
+            stream = self._control.stream
+            stream.accept_descriptors()
+            reply = await self._ask(FrameType.MAP, Map(namespace=namespace))
+            fd = stream.take_descriptor()
+            if fd is None:
+                raise RemoteProtocolError("MAP was answered without a descriptor")
+            assert isinstance(reply, Mapped)
+            if self._arena is not None:  # somebody else has asked meanwhile
+                os.close(fd)
+            else:
+                self._arena = MappedArena.adopt(fd, reply.size_bytes, stream.peer)
+        return self._arena.view
+
     def close(self) -> None:
         self._known.clear()
+        if self._arena is not None:
+            self._arena.close()  # when the last view of it is gone
 
     def _watch(self, fd: int) -> None:
         """A connection has ended here: tell the peer, and wait until it has ended there."""

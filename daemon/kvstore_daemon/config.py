@@ -50,6 +50,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         endpoints: Where to listen; port 0 lets the system choose.
         memory_bytes: Size of the arena.
         node_id: Stable name of this node in reports, logs and attribution.
+        pool: The only pool that is served, "" for any.
         pool_capacities: Quotas in bytes, by name of the pool.
         drain_s: How long a graceful stop waits for requests under way.
         insecure: Allow endpoints off loopback although there is no authentication.
@@ -59,6 +60,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     endpoints: tuple[Endpoint, ...]
     memory_bytes: int
     node_id: str
+    pool: str
     pool_capacities: dict[str, int]
     drain_s: float
     insecure: bool
@@ -87,6 +89,7 @@ def parse_config(arguments: Sequence[str], host_name: str, process_id: int) -> C
             given.memory, "--memory", MEMORY_BYTES_MIN, MEMORY_BYTES_MAX
         ),
         node_id=check_node_id(node_id, "--node-id"),
+        pool=check_pool_name(given.pool, "--pool", given.pool) if given.pool else "",
         pool_capacities=_pool_capacities(given.pool_capacity),
         drain_s=check_drain_s(parse_number(given.drain), "--drain", given.drain),
         insecure=given.insecure,
@@ -114,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
         "--node-id",
         metavar="NAME",
         help="stable name of this node in reports and logs (default: host name and port)",
+    )
+    parser.add_argument(
+        "--pool",
+        metavar="NAME",
+        default="",
+        help="serve this pool and no other; then clients on this host may map the arena by a unix"
+        " socket, and read blocks where they lie (default: any pool, and nobody maps it)",
     )
     parser.add_argument(
         "--pool-capacity",

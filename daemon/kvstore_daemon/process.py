@@ -36,9 +36,12 @@ def run(config: Config) -> None:
     arena = allocate(config.memory_bytes, "kvstored-arena")
     source = ArenaSource(arena.view, capacities=config.pool_capacities)
     options = ServerOptions(
-        node_id=config.node_id, drain_s=config.drain_s, insecure=config.insecure
+        node_id=config.node_id,
+        drain_s=config.drain_s,
+        insecure=config.insecure,
+        pool=config.pool,
     )
-    daemon = _Daemon(source, config.endpoints, options)
+    daemon = _Daemon(source, config.endpoints, options, memory=arena)
     raise_descriptor_limit(options.connections_max + REFUSALS_MAX + DESCRIPTORS_BESIDE)
     try_addresses(config.endpoints)
     touch(arena, PROGRAM, "arena")

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvstore.blocksource import Chunk
-from kvstore.messages import Data, Done
+from kvstore.messages import Data, Done, ViewReply
 
 
 class Placed(NamedTuple):
@@ -81,8 +81,8 @@ class FetchSink(abc.ABC):
     def flush(self) -> None:  # noqa: B027 - most keep nothing back
         """Tell all news that were kept back: nothing more is given for now."""
 
-    def amend(self, done: Done) -> Done:
-        """The DONE of the fetch, with what only the sink knows."""
+    def amend(self, done: Done) -> Done | ViewReply:
+        """The DONE of the fetch, with what only the sink knows; or what is said in its place."""
         return done
 
     def close(self) -> None:

@@ -31,6 +31,7 @@ from kvstore.messages import (
     Message,
     PutDone,
     PutOutcome,
+    ViewReply,
     Want,
     Welcome,
     decode,
@@ -356,10 +357,13 @@ class ServerProtocol(FrameProtocol):
         request_id = serving.request_id
         self._waiting.discard(request_id)
         self._let_go(request_id)
-        done = self._hooks.fetch_done(request_id, serving.stream)
-        if serving.sink is not None:
+        done: Done | ViewReply = self._hooks.fetch_done(request_id, serving.stream)
+        if serving.sink is not None and isinstance(done, Done):
             done = serving.sink.amend(done)
-        self._send(FrameType.DONE, request_id, done)
+        if isinstance(done, ViewReply):
+            self.reply(FrameType.VIEW, request_id, done)
+        else:
+            self._send(FrameType.DONE, request_id, done)
 
     def lost(self, error: Exception) -> None:
         self.lost_by = error
@@ -590,7 +594,7 @@ class ServerProtocol(FrameProtocol):
         self._held_bytes -= self._held.pop(request_id)
 
 
-_HELD_TYPES = frozenset({FrameType.FETCH, FrameType.PUT})
+_HELD_TYPES = frozenset({FrameType.FETCH, FrameType.PUT, FrameType.VIEW})
 
 
 def _nothing() -> None:

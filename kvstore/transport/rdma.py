@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from functools import partial
 
 from kvstore.errors import Busy, LimitExceeded, TransportError, TransportTimeout
@@ -53,6 +54,8 @@ from kvstore.transport.verbs import (
     VerbsClosed,
     VerbsError,
 )
+
+_log = logging.getLogger(__name__)
 
 # Completions taken in one go, and how often in one turn of the loop: a few ms at most.
 _POLL_COUNT = 256
@@ -94,7 +97,7 @@ class RdmaNode:
         local_address: See `choose_rails`.
 
     Attributes:
-        options: As given.
+        loop, options: As given.
         left_out: Why rails could not be opened.
 
     Raises:
@@ -126,9 +129,14 @@ class RdmaNode:
             kinds = {type(error) for error in self.left_out}
             kind = kinds.pop() if len(kinds) == 1 else NoDevice
             raise kind("; ".join(map(str, self.left_out)))
-        for rail in self._rails:
-            rail.fd = rail.rail.fileno()
-            loop.add_reader(rail.fd, partial(self._readable, rail))
+        for reason in self.left_out:
+            _log.warning("rdma: a rail is left out: %s", reason)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for rail in self._rails:
+                rail.fd = rail.rail.fileno()
+                loop.add_reader(rail.fd, partial(self._readable, rail))
+            undo.pop_all()
 
     @property
     def rail_names(self) -> list[str]:
@@ -327,10 +335,22 @@ class RdmaNode:
             if queue is not None:
                 end = queue.end
                 ends[end] = None
-                end.on_completion(queue, completion)
+                try:
+                    end.on_completion(queue, completion)
+                except Exception as error:
+                    self._report(end, error)
         for end in ends:
-            end.settle()
+            try:
+                end.settle()
+            except Exception as error:
+                self._report(end, error)
         return len(batch) == _POLL_COUNT
+
+    def _report(self, end: RdmaEnd, error: Exception) -> None:
+        """One session's mistake is not to cost others their completions."""
+        self.loop.call_exception_handler(
+            {"message": f"rdma to {end.peer}: a callback failed", "exception": error}
+        )
 
     def _break(self, rail: _OpenRail, reason: str) -> None:
         """A rail is of no use any more, for good."""

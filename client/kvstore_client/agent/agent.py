@@ -17,7 +17,8 @@ from kvstore_client.agent.options import AgentOptions, check_options
 from kvstore_client.agent.pacing import Pacer
 from kvstore_client.agent.rooms import WatchedPool
 from kvstore_client.agent.source import AgentSource
-from kvstore_client.cluster import Cluster, ClusterOptions
+from kvstore_client.cluster import Cluster
+from kvstore_client.clusteroptions import ClusterOptions
 from kvstore_client.selector import Policy
 
 logger = logging.getLogger(__name__)

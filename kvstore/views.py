@@ -1,0 +1,267 @@
+"""Blocks that local clients read where they lie: leased views of this process's own memory.
+
+::
+
+    MAP   ──▶ a descriptor of the memory: read-only, sealed, mapped once by the client
+    VIEW  ──▶ the blocks are found, pinned, verified ──▶ offsets and a lease
+    RENEW ──▶ it holds on          RELEASE, the end of its time, or of the client ──▶ unpinned
+
+The memory of a process is one memfd: whoever maps it can read all of it. So it is handed out
+only by a process that serves one pool and no other (`ServerOptions.pool`).
+
+Thread rule: the server's loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import struct
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from kvstore.blocksource import Chunk
+from kvstore.buffers import Region
+from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
+from kvstore.errors import Busy
+from kvstore.layout import PieceMap
+from kvstore.messages import Done, FetchOutcome, ViewReply, reasons
+from kvstore.protocol.placing import FetchSink
+from kvstore.transport.shm import address_of, read_only_copy
+from kvstore.wire import PLACED_BYTES_MAX
+
+# What all views together may keep: as much again stays for new blocks.
+VIEWED_SHARE_MAX = 0.5
+#: Numbers of leases of views; those of lookups are small.
+LEASE_FIRST = 1 << 61
+
+
+class ViewMemory:
+    """The memory of this process, as local clients may map it.
+
+    Ownership: borrows `region`; owns a descriptor of it until `close`.
+
+    Attributes:
+        viewed_bytes: What all views together keep.
+
+    Raises:
+        Unsupported: The system cannot protect it.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.region = region
+        self.view = region.view
+        self.base = address_of(region.view)
+        self.fd = read_only_copy(region)
+        self.viewed_bytes = 0
+        self.bytes_max = int(region.size_bytes * VIEWED_SHARE_MAX)
+
+    def close(self) -> None:
+        """Give the descriptor back. Harmless when called again."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self.view = memoryview(b"")
+
+
+class _Lease:
+    """What one view keeps, until when."""
+
+    __slots__ = ("chunks", "size_bytes", "timer")
+
+    def __init__(
+        self, chunks: Sequence[Chunk], size_bytes: int, timer: asyncio.TimerHandle
+    ) -> None:
+        self.chunks = chunks
+        self.size_bytes = size_bytes
+        self.timer = timer
+
+
+class SessionViews:
+    """Views of one client."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, memory: ViewMemory) -> None:
+        self.memory = memory
+        self._loop = loop
+        self._leases: dict[int, _Lease] = {}
+        self._numbers = itertools.count(LEASE_FIRST)
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def sink(
+        self,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        lease_ms: int,
+        verify: bool,
+    ) -> ViewSink:
+        """What collects the blocks of one VIEW."""
+        return ViewSink(self, namespace, keys, pieces, lease_ms, verify)
+
+    def lease(self, chunks: Sequence[Chunk], size_bytes: int, lease_ms: int) -> int:
+        """Keep chunks for so long; the number of the lease."""
+        number = next(self._numbers)
+        timer = self._loop.call_later(lease_ms / 1e3, self._end, number)
+        self._leases[number] = _Lease(chunks, size_bytes, timer)
+        return number
+
+    def renew(self, numbers: Sequence[int], lease_ms: int) -> list[bool]:
+        """Let leases hold from now on; for each, whether it had held until now."""
+        held = []
+        for number in numbers:
+            lease = self._leases.get(number)
+            held.append(lease is not None)
+            if lease is not None:
+                lease.timer.cancel()
+                lease.timer = self._loop.call_later(lease_ms / 1e3, self._end, number)
+        return held
+
+    def release(self, number: int) -> bool:
+        """Give a lease back; whether it had held until now."""
+        return self._end(number)
+
+    def close(self) -> None:
+        """The client is gone."""
+        for number in list(self._leases):
+            self._end(number)
+
+    def _end(self, number: int) -> bool:
+        lease = self._leases.pop(number, None)
+        if lease is None:
+            return False
+        lease.timer.cancel()
+        self.let_go(lease.chunks, lease.size_bytes)
+        return True
+
+    def let_go(self, chunks: Sequence[Chunk], size_bytes: int) -> None:
+        """Nobody looks at chunks any more."""
+        self.memory.viewed_bytes -= size_bytes
+        for chunk in chunks:
+            chunk.release()
+
+
+class ViewSink(FetchSink):
+    """Collects the chunks of a fetch instead of moving them, and says where they lie."""
+
+    transport = "views"
+    chunk_bytes = PLACED_BYTES_MAX
+    works = True
+
+    def __init__(
+        self,
+        views: SessionViews,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        lease_ms: int,
+        verify: bool,
+    ) -> None:
+        super().__init__()
+        self._views = views
+        self._namespace = namespace
+        self._keys = keys
+        self._pieces = pieces
+        self._lease_ms = lease_ms
+        self._verify = verify
+        self._verify_s = 0.0
+        self._chunks: list[Chunk] = []
+        self._kept_bytes = 0
+        # For each key where its block begins, how much of it is there, and its checksums.
+        self._offsets = [0] * len(keys)
+        self._filled = [0] * len(keys)
+        self._expected: dict[int, bytes] = {}
+        self._corrupt: set[int] = set()
+
+    @property
+    def accepts(self) -> bool:
+        return self.failure is None
+
+    @property
+    def idle(self) -> bool:
+        return True
+
+    def take(self, chunk: Chunk) -> None:
+        if not chunk.length:
+            chunk.release()
+            return
+        memory = self._views.memory
+        if memory.viewed_bytes + chunk.length > memory.bytes_max:
+            chunk.release()
+            self.failure = Busy(
+                f"views keep {memory.viewed_bytes} bytes, the limit is {memory.bytes_max}"
+            )
+            return
+        memory.viewed_bytes += chunk.length
+        self._kept_bytes += chunk.length
+        self._chunks.append(chunk)
+        base, index, at, known = memory.base, chunk.piece, chunk.piece_offset, 0
+        checksum_bytes = self._pieces.geometry.layer_count * CHECKSUM_BYTES
+        block_bytes = self._pieces.span_bytes
+        for buffer in chunk.buffers:
+            offset = address_of(buffer) - base
+            if not at:
+                self._offsets[index] = offset
+                self._expected[index] = chunk.checksums[known : known + checksum_bytes]
+                known += checksum_bytes
+            assert offset == self._offsets[index] + at, "a block is in one piece in its memory"
+            at += len(buffer)
+            self._filled[index] = at
+            if at == block_bytes:
+                self._whole(index)
+                index, at = index + 1, 0
+
+    def amend(self, done: Done) -> Done | ViewReply:
+        outcomes = bytearray(done.outcomes)
+        hits = 0
+        for index, outcome in enumerate(outcomes):
+            if outcome == FetchOutcome.HIT:
+                if index in self._corrupt:
+                    outcomes[index] = FetchOutcome.CORRUPT
+                elif self._filled[index] < self._pieces.span_bytes:
+                    outcomes[index] = FetchOutcome.UNAVAILABLE
+                else:
+                    hits += 1
+        if self.failure is not None:
+            done = msgspec.structs.replace(done, errors=reasons([self.failure]))
+        chunks, kept_bytes = self._chunks, self._kept_bytes
+        self._chunks, self._kept_bytes = [], 0
+        lease = 0
+        if hits:
+            lease = self._views.lease(chunks, kept_bytes, self._lease_ms)
+        else:
+            self._views.let_go(chunks, kept_bytes)
+        return ViewReply(
+            done=msgspec.structs.replace(done, outcomes=bytes(outcomes)),
+            offsets=struct.pack(f"<{len(self._offsets)}Q", *self._offsets),
+            lease=lease,
+            lease_ms=self._lease_ms if lease else 0,
+            verify_us=int(self._verify_s * 1e6),
+        )
+
+    def close(self) -> None:
+        super().close()
+        chunks, kept_bytes = self._chunks, self._kept_bytes
+        self._chunks, self._kept_bytes = [], 0
+        self._views.let_go(chunks, kept_bytes)
+
+    def _whole(self, index: int) -> None:
+        if not self._verify:
+            return
+        begun_at = time.perf_counter()
+        offset, offsets = self._offsets[index], self._pieces.geometry.offsets
+        view = self._views.memory.view
+        layers = [
+            view[offset + first : offset + last] for first, last in itertools.pairwise(offsets)
+        ]
+        seed = block_seed(self._namespace, self._keys[index])
+        if layer_checksums(layers, seed) != self._expected.pop(index):
+            self._corrupt.add(index)
+        self._verify_s += time.perf_counter() - begun_at
+
+
+__all__ = ["LEASE_FIRST", "SessionViews", "ViewMemory", "ViewSink"]
