@@ -3,8 +3,13 @@
 ::
 
     tcp://HOST:PORT                     HOST is a name, an IPv4 or a bracketed IPv6 address
-    rdma://HOST:PORT?device=mlx5_0      the address is where the connection is agreed upon
+    rdma://HOST:PORT?device=mlx5_0      as tcp, where RDMA is agreed upon; see below
     unix:///run/kvstored.sock           a path; unix://@name is in the abstract namespace
+
+Options of rdma, all of them optional: `device` (several with commas, each with `:PORT` if wanted),
+`gid_index`, `mtu`, `service_level`, `traffic_class`, `timeout`, `retry_count`; see
+`kvstore.transport.rdma_options`. They are about this side only: who connects may write other
+ones than who listens.
 
 Port 0 lets the system choose one, which makes sense for listening only.
 """
@@ -28,11 +33,20 @@ _SHAPE = {
     "rdma": "rdma://HOST:PORT?device=NAME",
     "unix": "unix:///PATH or unix://@NAME",
 }
-_OPTIONS_ALLOWED = {"tcp": (), "rdma": ("device",), "unix": ()}
+_RDMA_OPTIONS = (
+    "device",
+    "gid_index",
+    "mtu",
+    "service_level",
+    "traffic_class",
+    "timeout",
+    "retry_count",
+)
+_OPTIONS_ALLOWED = {"tcp": (), "rdma": _RDMA_OPTIONS, "unix": ()}
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
 # An address may name its scope: fe80::1%eth0.
 _IPV6_SHAPE = re.compile(r"[0-9a-fA-F:.]+(%[A-Za-z0-9_.-]+)?")
-_OPTION_VALUE = re.compile(r"[A-Za-z0-9_.:-]+")
+_OPTION_VALUE = re.compile(r"[A-Za-z0-9_.:,-]+")
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -73,6 +87,14 @@ class Endpoint(msgspec.Struct, frozen=True):
             return False
         mapped = getattr(address, "ipv4_mapped", None)
         return bool((mapped or address).is_loopback)
+
+    @property
+    def place(self) -> str:
+        """What tells it from others wherever names decide: RDMA is a way to it, and no other
+        place."""
+        if self.scheme != "rdma":
+            return str(self)
+        return str(Endpoint("tcp", self.host, self.port))
 
     def with_port(self, port: int) -> Endpoint:
         """The same endpoint with another port, as when the system has chosen one."""
@@ -155,7 +177,7 @@ def _options(scheme: str, query: str, text: str, option: str) -> tuple[tuple[str
             raise ConfigError(option, text, f"option {name!r} must be given once")
         if not _OPTION_VALUE.fullmatch(value):
             raise ConfigError(
-                option, text, f"option {name!r} needs a value of letters, digits and _ . : -"
+                option, text, f"option {name!r} needs a value of letters, digits and _ . : , -"
             )
         pairs[name] = value
     return tuple(sorted(pairs.items()))

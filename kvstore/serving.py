@@ -38,7 +38,9 @@ from kvstore.messages import (
 from kvstore.reporter import LoadReporter
 from kvstore.session import ServerConnection, Session
 from kvstore.transport import Listener, Marking, Stream, listen
-from kvstore.transport.shm import host_name
+from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.rdma_nodes import RdmaNodes, endpoint_options
+from kvstore.transport.shm import address_of, host_name
 from kvstore.version import VERSION
 from kvstore.views import ViewMemory
 
@@ -96,10 +98,11 @@ class Server:
         endpoints: Where to listen.
         options: Names and limits.
         marking: What the packets that it sends carry.
-        memory: What the source gives out blocks of. With `options.pool` clients on this host may
-            map it.
+        memory: What the source gives out blocks of, for RDMA. With `options.pool` and a region
+            clients on this host may map it.
 
     Attributes:
+        rdma: Nodes of the rdma:// endpoints, by where these really listen.
         views: Of the memory; None if nobody may map it.
         endpoints: Where it really listens, once started (ports that the system chose).
         counters: Everything it has counted, by name.
@@ -111,7 +114,7 @@ class Server:
         endpoints: Sequence[Endpoint],
         options: ServerOptions,
         marking: Marking | None = None,
-        memory: Region | None = None,
+        memory: Region | memoryview | None = None,
     ) -> None:
         for endpoint in endpoints:
             if not (endpoint.is_loopback or options.insecure):
@@ -125,7 +128,11 @@ class Server:
         self.options = options
         self.boot_id = os.urandom(16)
         self.counters: Counter[str] = Counter()
-        self.views = ViewMemory(memory) if memory is not None and options.pool else None
+        mapped = memory if isinstance(memory, Region) and options.pool else None
+        self.views = ViewMemory(mapped) if mapped is not None else None
+        self.rdma: dict[str, RdmaNode] = {}
+        self._memory = memory
+        self._nodes: RdmaNodes
         #: For clients on this host: what tells it from others, and our unix socket there.
         self.host = self.local = ""
         self.connections: set[ServerConnection] = set()
@@ -149,14 +156,17 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self._started_at = time.monotonic()
         self.reporter = LoadReporter(self)
+        self._nodes = RdmaNodes(self.loop)
         try:
             for endpoint in self.endpoints:
                 self._listeners.append(listen(endpoint, self._marking))
+            self._set_up_rdma()
         except BaseException:
             for listener in self._listeners:
                 listener.close()
             self._listeners.clear()
             self.reporter.close()
+            self._nodes.close()
             raise
         self.endpoints = [listener.endpoint for listener in self._listeners]
         local = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "unix"]
@@ -191,8 +201,28 @@ class Server:
         self.reporter.close()
         for connection in list(self.connections):
             connection.connection.close(TransportError("the server has stopped"))
+        self.rdma.clear()
+        self._nodes.close()
         if self.views is not None:
             self.views.close()
+
+    def _set_up_rdma(self) -> None:
+        """Open the rails of rdma:// endpoints, and register the memory with them.
+
+        Raises:
+            ConfigError: An option of an endpoint cannot be.
+            TransportError: There is no such device, or it cannot be used; says why.
+        """
+        for listener in self._listeners:
+            endpoint = listener.endpoint
+            if endpoint.scheme == "rdma" and self._memory is not None:
+                options = endpoint_options(endpoint, "--listen")
+                node = self._nodes.node(options, endpoint.host)
+                view = self._memory.view if isinstance(self._memory, Region) else self._memory
+                if node.find(address_of(view), len(view)) is None:
+                    node.register(view)  # for us alone: peers get no key of it
+                self.rdma[str(endpoint)] = node
+                logger.info("%s: rdma by %s", endpoint, ", ".join(node.rail_names))
 
     def status(self) -> Status:
         """What an operator sees of this node."""

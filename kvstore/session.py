@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,16 +28,7 @@ from kvstore.errors import (
     Unsupported,
 )
 from kvstore.layout import Geometry, PieceMap
-from kvstore.memorymessages import (
-    SHM,
-    VIEWS,
-    Map,
-    Mapped,
-    Renew,
-    RenewReply,
-    Share,
-    Unshare,
-)
+from kvstore.memoryrequests import MemoryRequests
 from kvstore.messages import (
     LOOKUP_PROBES_MAX,
     Cancel,
@@ -68,7 +58,6 @@ from kvstore.messages import (
     Release,
     ReleaseReply,
     Subscribe,
-    View,
     Welcome,
     reasons,
 )
@@ -103,6 +92,11 @@ class Session(Asker):
         self.early_cancels: OrderedDict[int, None] = OrderedDict()
         self.memory = SessionMemory(node_id)
         self.views: SessionViews | None = None
+
+    def close(self, reason: Exception) -> None:
+        """Close all connections."""
+        for connection in list(self.connections):
+            connection.connection.close(TransportError(str(reason)))
 
     def cancel(self, request_id: int) -> bool:
         """Stop a request on whichever connection it runs; remember it if it is yet to come."""
@@ -142,10 +136,10 @@ class ServerConnection(ServerHooks):
         self._sent_seen = 0
         self._abandoned_count = 0  # requests that were under way when the connection ended
         self.protocol = ServerProtocol(self, server.options.in_flight_bytes_max)
-        # Whether its process may hand memory over: the kernel says whose it is.
-        self._trusted = stream.peer_uid() in server.options.memory_uids
-        if self._trusted:
+        trusted = stream.peer_uid() in server.options.memory_uids
+        if trusted:
             stream.accept_descriptors()
+        self.memory_requests = MemoryRequests(self, trusted)
         self._share_handled = False
         self.connection = FrameConnection(server.loop, stream, self.protocol, self._closed)
 
@@ -177,17 +171,11 @@ class ServerConnection(ServerHooks):
             node_id=server.options.node_id,
             boot_id=server.boot_id,
             role=server.options.role,
-            capabilities=self._capabilities(),
+            capabilities=self.memory_requests.capabilities(),
             limits=Limits(in_flight_bytes=server.options.in_flight_bytes_max),
             host=server.host,
             local=server.local,
         )
-
-    def _capabilities(self) -> tuple[str, ...]:
-        """Ways into memory that the client may choose from."""
-        if not self._trusted:
-            return ()
-        return (SHM, VIEWS) if self.server.views is not None else (SHM,)
 
     def request(self, type: FrameType, request_id: int, message: Message) -> None:
         server = self.server
@@ -203,17 +191,22 @@ class ServerConnection(ServerHooks):
         except LocalProtocolError as error:
             # The source calls a wrong request our own mistake; here it is the peer's.
             raise RefusedError(str(error)) from error
+        self._share_handled = False
 
     def refused(self, type: FrameType, error: KVStoreError) -> None:
         if type is FrameType.SHARE and not self._share_handled:
-            self._drop_descriptor()  # it was read no further, and its memory came along
+            # It was read no further, and its memory came along.
+            self.memory_requests.drop_descriptor()
         self._share_handled = False
+        self._count_refusal(type, error)
+
+    def _count_refusal(self, type: FrameType, error: KVStoreError) -> None:
         told = exception_to_error(error)
         counters = self.server.counters
         counters["requests_refused"] += 1
         counters[f"requests_refused_{told.code}"] += 1
         text = "%s from %s refused: %s"
-        self.server.note(logging.INFO, text, type.name, self._peer_name(), told.message)
+        self.server.note(logging.INFO, text, type.name, self.peer_name(), told.message)
 
     def fetch_begins(self, request_id: int) -> None:
         self._timings[request_id].begun_at = self.server.loop.time()
@@ -268,7 +261,7 @@ class ServerConnection(ServerHooks):
             return Namespaces(namespaces=(info,))
 
         answer = self.server.source.open_namespace(message.pool, message.layout, session)
-        self._answer(FrameType.OPEN_NAMESPACE, request_id, answer, reply)
+        self.answer(FrameType.OPEN_NAMESPACE, request_id, answer, reply)
 
     def _namespaces(self, request_id: int, message: ListNamespaces) -> None:
         reply = Namespaces(namespaces=tuple(self.server.source.namespaces(message.pool)))
@@ -289,7 +282,7 @@ class ServerConnection(ServerHooks):
         answer: Any = self.server.source.lookup(
             message.namespaces, message.keys, message.lease_ms, self.session, message.extents
         )
-        self._answer(FrameType.LOOKUP, request_id, answer, lookup_reply)
+        self.answer(FrameType.LOOKUP, request_id, answer, lookup_reply)
 
     def _fetch(self, request_id: int, message: Fetch) -> None:
         self.protocol.check_room(request_id)
@@ -307,9 +300,9 @@ class ServerConnection(ServerHooks):
         if message.memory is not None:
             sink = session.memory.sink(message.memory, message.namespace, message.keys, pieces)
         stream = source.fetch(message.namespace, message.keys, pieces, session, message)
-        self._begin(request_id, message.deadline_ms)
+        self.begin(request_id, message.deadline_ms)
         self.protocol.add_fetch(request_id, stream, message.priority, sink)
-        self._cancelled_early(request_id)
+        self.cancelled_early(request_id)
 
     def _put(self, request_id: int, message: Put) -> None:
         self.protocol.check_room(request_id)
@@ -330,101 +323,16 @@ class ServerConnection(ServerHooks):
         stream = source.put(
             message.namespace, message.keys, message.checksums, message.ack, session, message
         )
-        self._begin(request_id, message.deadline_ms)
+        self.begin(request_id, message.deadline_ms)
         self.protocol.add_put(request_id, stream, sum(layer_bytes), puller)
-        self._cancelled_early(request_id)
-
-    def _share(self, request_id: int, message: Share) -> None:
-        session, fd = self.session, self.connection.stream.take_descriptor()
-        assert session is not None
-        if fd is None:
-            if not self._trusted:
-                raise PermissionDenied(
-                    "memory can be handed over on a unix socket, by processes of the users"
-                    f" {sorted(self.server.options.memory_uids)}"
-                )
-            raise RefusedError("SHARE without a descriptor")
-        shared, number = session.memory.shared, message.number
-        region = shared.share(number, message.size_bytes, fd)
-
-        async def populated() -> Message:
-            try:
-                # Thousands of pages to map: not on the loop.
-                await self.server.loop.run_in_executor(None, region.populate)
-            except KVStoreError:
-                shared.unshare(number)
-                raise
-            return Empty()
-
-        self._answer(FrameType.SHARE, request_id, populated(), lambda reply: reply)
-
-    def _unshare(self, request_id: int, message: Unshare) -> None:
-        assert self.session is not None
-        self.session.memory.shared.unshare(message.number)
-        self.protocol.reply(FrameType.UNSHARE, request_id, Empty())
-
-    def _map(self, request_id: int, message: Map) -> None:
-        views = self._session_views()
-        self.server.source.layer_bytes(message.namespace)  # whether it is open here
-        self.connection.stream.send_descriptor(views.memory.fd)
-        reply = Mapped(size_bytes=views.memory.region.size_bytes)
-        self.protocol.reply(FrameType.MAP, request_id, reply)
-
-    def _view(self, request_id: int, message: View) -> None:
-        self.protocol.check_room(request_id)
-        source, fetch = self.server.source, message.fetch
-        views, session = self._session_views(), self.session
-        assert session is not None
-        pieces = PieceMap(Geometry(source.layer_bytes(fetch.namespace)), len(fetch.keys))
-        sink = views.sink(fetch.namespace, fetch.keys, pieces, message.lease_ms, message.verify)
-        stream = source.fetch(fetch.namespace, fetch.keys, pieces, session, fetch)
-        self._begin(request_id, fetch.deadline_ms)
-        self.protocol.add_fetch(request_id, stream, fetch.priority, sink)
-        self._cancelled_early(request_id)
-
-    def _renew(self, request_id: int, message: Renew) -> None:
-        assert self.session is not None
-        views = self.session.views
-        held = (
-            views.renew(message.leases, message.lease_ms)
-            if views is not None
-            else [False] * len(message.leases)
-        )
-        self.protocol.reply(FrameType.RENEW, request_id, RenewReply(held=tuple(held)))
-
-    def _session_views(self) -> SessionViews:
-        """The views of this client.
-
-        Raises:
-            Unsupported: This server has none.
-            PermissionDenied: Not for this client.
-        """
-        session, memory = self.session, self.server.views
-        assert session is not None
-        if memory is None:
-            raise Unsupported(
-                "memory is mapped only where a process serves one pool and no other (--pool)"
-            )
-        if not self._trusted:
-            raise PermissionDenied(
-                "memory can be mapped over a unix socket, by processes of the users"
-                f" {sorted(self.server.options.memory_uids)}"
-            )
-        if session.views is None:
-            session.views = SessionViews(self.server.loop, memory)
-        return session.views
-
-    def _drop_descriptor(self) -> None:
-        fd = self.connection.stream.take_descriptor()
-        if fd is not None:
-            os.close(fd)
+        self.cancelled_early(request_id)
 
     def _delete(self, request_id: int, message: Delete) -> None:
         assert self.session is not None
         answer = self.server.source.delete(
             message.namespace, message.keys, self.session, message.extents
         )
-        self._answer(
+        self.answer(
             FrameType.DELETE, request_id, answer, lambda deleted: DeleteReply(deleted=deleted)
         )
 
@@ -436,7 +344,7 @@ class ServerConnection(ServerHooks):
             self.protocol.reply(FrameType.RELEASE, request_id, ReleaseReply(held=tuple(held)))
             return
         answer = self.server.source.release(message.leases, self.session)
-        self._answer(
+        self.answer(
             FrameType.RELEASE, request_id, answer, lambda held: ReleaseReply(held=tuple(held))
         )
 
@@ -457,7 +365,7 @@ class ServerConnection(ServerHooks):
         self.server.note(
             logging.WARNING,
             "%s reports %d corrupt blocks, %d of ours were bad and are dropped",
-            self._peer_name(),
+            self.peer_name(),
             len(message.keys),
             sum(dropped),
         )
@@ -486,7 +394,7 @@ class ServerConnection(ServerHooks):
             self.protocol.report(self._subscription, encoded)
             self._reported_until = writer.sent_total + writer.queued_bytes
 
-    def _answer(
+    def answer(
         self,
         type: FrameType,
         request_id: int,
@@ -523,13 +431,13 @@ class ServerConnection(ServerHooks):
         except KVStoreError as error:
             if isinstance(error, LocalProtocolError):
                 error = RefusedError(str(error))
-            self.refused(type, error)
+            self._count_refusal(type, error)
             self.protocol.refuse_request(request_id, error)
         except Exception as error:
             logger.exception("%s: internal error in an answer", type.name)
             self.protocol.refuse_request(request_id, RefusedError(f"internal error: {error!r}"))
 
-    def _begin(self, request_id: int, deadline_ms: int) -> None:
+    def begin(self, request_id: int, deadline_ms: int) -> None:
         deadline = self.server.loop.call_later(deadline_ms / 1e3, self._deadline, request_id)
         self._timings[request_id] = _Timing(self.server.loop.time(), deadline)
         self.server.reporter.touch()
@@ -547,7 +455,7 @@ class ServerConnection(ServerHooks):
         self.server.counters["requests_timed_out"] += 1
         self.protocol.stop_request(request_id)
 
-    def _cancelled_early(self, request_id: int) -> None:
+    def cancelled_early(self, request_id: int) -> None:
         assert self.session is not None
         if request_id in self.session.early_cancels:
             del self.session.early_cancels[request_id]
@@ -567,7 +475,7 @@ class ServerConnection(ServerHooks):
             self.connection.close(TransportTimeout("no HELLO"))
         elif stalled_s > options.stall_timeout_s:
             self.server.counters["connections_stalled"] += 1
-            self.connection.close(TransportTimeout(f"{self._peer_name()} has stalled"))
+            self.connection.close(TransportTimeout(f"{self.peer_name()} has stalled"))
 
     def take_sent_bytes(self) -> int:
         """Bytes sent since the last call."""
@@ -575,7 +483,7 @@ class ServerConnection(ServerHooks):
         sent, self._sent_seen = total - self._sent_seen, total
         return sent
 
-    def _peer_name(self) -> str:
+    def peer_name(self) -> str:
         node = self.session.node_id if self.session else "?"
         return f"{node} ({self.connection.stream.peer})"
 
@@ -592,15 +500,15 @@ class ServerConnection(ServerHooks):
         server.connections.discard(self)
         server.counters["connections_closed"] += 1
         if isinstance(reason, TransportError):
-            logger.debug("%s: %s", self._peer_name(), reason)
+            logger.debug("%s: %s", self.peer_name(), reason)
         else:
             server.counters["connections_broken"] += 1
             text = "connection of %s dropped: %s"
-            server.note(logging.WARNING, text, self._peer_name(), reason)
+            server.note(logging.WARNING, text, self.peer_name(), reason)
         if self._abandoned_count:
             server.counters["requests_abandoned"] += self._abandoned_count
             text = "%d requests under way ended with the connection of %s: %s"
-            server.note(logging.INFO, text, self._abandoned_count, self._peer_name(), reason)
+            server.note(logging.INFO, text, self._abandoned_count, self.peer_name(), reason)
         if self.session is not None and self.session_key is not None:
             self.session.connections.discard(self)
             if not self.session.connections:
@@ -651,11 +559,12 @@ _HANDLERS: dict[FrameType, Callable[[ServerConnection, int, Any], None]] = {
     FrameType.SUBSCRIBE: ServerConnection._subscribe,
     FrameType.STATUS: ServerConnection._status,
     FrameType.PING: ServerConnection._ping,
-    FrameType.SHARE: ServerConnection._share,
-    FrameType.UNSHARE: ServerConnection._unshare,
-    FrameType.MAP: ServerConnection._map,
-    FrameType.VIEW: ServerConnection._view,
-    FrameType.RENEW: ServerConnection._renew,
+    FrameType.SHARE: lambda one, *request: one.memory_requests.share(*request),
+    FrameType.UNSHARE: lambda one, *request: one.memory_requests.unshare(*request),
+    FrameType.RAILS: lambda one, *request: one.memory_requests.rails(*request),
+    FrameType.MAP: lambda one, *request: one.memory_requests.map(*request),
+    FrameType.VIEW: lambda one, *request: one.memory_requests.view(*request),
+    FrameType.RENEW: lambda one, *request: one.memory_requests.renew(*request),
 }
 
 __all__ = ["ServerConnection", "Session"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.errors import Busy, TransportError
 from kvstore.layout import Geometry, PieceMap
+from kvstore.memorymap import MemoryMap
 from kvstore.memorymessages import Memory
 from kvstore.protocol.placing import FetchSink, PutPuller
 from kvstore.sharedregions import SharedRegions
+from kvstore.transport.rdma_end import RdmaEnd
 
 
 class SessionMemory:
@@ -18,24 +21,47 @@ class SessionMemory:
 
     Attributes:
         shared: Regions that it has handed over.
+        end: Our side of its queue pairs; None where payload does not go by RDMA.
     """
 
     def __init__(self, who: str) -> None:
         self.shared = SharedRegions(who)
+        self.end: RdmaEnd | None = None
 
     def sink(
         self, memory: Memory, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap
     ) -> FetchSink:
-        """What brings a fetch into the memory that it names; raises as `SharedRegions.sink`."""
-        return self.shared.sink(memory, namespace, keys, pieces)
+        """What brings a fetch into the memory that it names.
+
+        Raises:
+            LimitExceeded, LocalProtocolError: What it names cannot be; see `SharedRegions.sink`.
+            Busy: No queue pair is left.
+        """
+        if self.end is None:
+            return self.shared.sink(memory, namespace, keys, pieces)
+        places = MemoryMap(
+            memory, pieces.geometry, len(keys), pieces.layer_first, pieces.layer_last
+        )
+        try:
+            return self.end.fetch_sink(places, pieces)
+        except TransportError as error:
+            raise Busy(str(error)) from error
 
     def puller(self, memory: Memory, geometry: Geometry, key_count: int) -> PutPuller:
-        """What takes a put out of the memory that it names; raises as `SharedRegions.sink`."""
-        return self.shared.puller(memory, geometry, key_count)
+        """What takes a put out of the memory that it names; raises as `sink`."""
+        if self.end is None:
+            return self.shared.puller(memory, geometry, key_count)
+        places = MemoryMap(memory, geometry, key_count, 0, geometry.layer_count)
+        try:
+            return self.end.put_puller(places, PieceMap(geometry, key_count))
+        except TransportError as error:
+            raise Busy(str(error)) from error
 
     def close(self) -> None:
         """The client is gone. Harmless when called again."""
         self.shared.close()
+        if self.end is not None:
+            self.end.close()
 
 
 __all__ = ["SessionMemory"]

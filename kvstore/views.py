@@ -21,8 +21,6 @@ import struct
 import time
 from collections.abc import Sequence
 
-import msgspec
-
 from kvstore.blocksource import Chunk
 from kvstore.buffers import Region
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
@@ -226,8 +224,7 @@ class ViewSink(FetchSink):
                     outcomes[index] = FetchOutcome.UNAVAILABLE
                 else:
                     hits += 1
-        if self.failure is not None:
-            done = msgspec.structs.replace(done, errors=reasons([self.failure]))
+        errors = done.errors if self.failure is None else reasons([self.failure])
         chunks, kept_bytes = self._chunks, self._kept_bytes
         self._chunks, self._kept_bytes = [], 0
         lease = 0
@@ -236,7 +233,8 @@ class ViewSink(FetchSink):
         else:
             self._views.let_go(chunks, kept_bytes)
         return ViewReply(
-            done=msgspec.structs.replace(done, outcomes=bytes(outcomes)),
+            # Without the load report: a client on this host needs none with each batch.
+            done=Done(outcomes=bytes(outcomes), tiers=done.tiers, errors=errors),
             offsets=struct.pack(f"<{len(self._offsets)}Q", *self._offsets),
             lease=lease,
             lease_ms=self._lease_ms if lease else 0,

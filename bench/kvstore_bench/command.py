@@ -38,12 +38,18 @@ examples:
       one job of a file, some of its options replaced
   kvbench run --name=a --rw=randread --bs=64k --batch=64 --size=512m --verify=1
       a job without a file: every byte is compared with what was written
+  kvbench run shm.ini --trials=3
+      the ways from a daemon on the same host: tcp, unix sockets, shared memory
+  kvbench run --rw=randread --size=512m --stonewall --name=tcp --transport=tcp \\
+              --name=relay --transport=tcp --path=relay --name=agent --transport=shm --path=agent
+      straight, by another node's agent, and by our own: the job starts what it needs, and the
+      lines "transport" and "path" of the results say how the bytes came
   kvbench run --endpoint=tcp://10.0.0.7:7450 --size=8g --name=fill --rw=write \\
               --name=load --rw=randread --numjobs=4 --runtime=30 --time_based --stonewall
       two jobs one after the other, against a daemon that runs already
 
 A job file is fio's: [global] and one [section] a job, option=value, # or ; before a comment.
-JOBFILE is a path, or the name of a file that came with kvbench (limits.ini, small.ini).
+JOBFILE is a path, or the name of a file that came with kvbench (limits.ini, shm.ini, small.ini).
 Options in front of the first --name hold for all jobs and replace what a file says. Jobs run
 at the same time; stonewall makes a job wait for those before it, and begins a group. The
 clones of a job (numjobs) are reported together. Sizes: k = 1024. Times: seconds.

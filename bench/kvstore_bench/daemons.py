@@ -1,4 +1,4 @@
-"""Daemons for one measurement: started on loopback, waited for, and gone afterwards."""
+"""Daemons and agents for one measurement: started, waited for, and gone afterwards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple, Self
 
 from kvstore.errors import KVStoreError
 from kvstore.units import format_size_bytes
@@ -17,50 +18,63 @@ START_TIMEOUT_S = 20.0
 # manage 1.3 GiB/s, and this leaves them a factor of five.
 TOUCH_BPS_MIN = 256 * 1024 * 1024
 
+# Where nobody says otherwise; the system chooses the port.
+LOOPBACK = "tcp://127.0.0.1:0"
+
 _LISTENING = re.compile(r"listening on (\S+)")
 
 
 class DaemonFailed(KVStoreError):
-    """Raised when a daemon that was started ends, or does not listen in time."""
+    """Raised when a server that was started ends, or does not listen in time."""
 
 
-class Daemons:
-    """Some `kvstored` on loopback, for `async with`.
+class Command(NamedTuple):
+    """A program that touches its memory and then logs where it listens.
+
+    Attributes:
+        name: What it is called in messages.
+        module: The Python module that is run.
+        options: Its command line, beside the memory.
+    """
+
+    name: str
+    module: str
+    options: Sequence[str]
+    memory_bytes: int
+
+
+class Servers:
+    """Some servers, for `async with`.
 
     They are gone when the block is left, and also when this process ends in whatever way.
 
-    Args:
-        count: How many.
-        memory_bytes: Arena of each.
-        options: Further words of their command line.
-
     Attributes:
-        endpoints: Where they listen, in the order of their node ids.
+        endpoints: Where they listen, in the order of the commands.
         pids: Their process ids, in the same order.
 
     Raises:
         DaemonFailed: On entry; says which, why, and the last lines of its log.
     """
 
-    def __init__(self, count: int, memory_bytes: int, options: Sequence[str] = ()) -> None:
+    def __init__(self, commands: Sequence[Command]) -> None:
         self.endpoints: list[str] = []
         self.pids: list[int] = []
-        self._count = count
-        self._memory_bytes = memory_bytes
-        self._options = options
+        self._commands = commands
         self._children: list[Child] = []
 
-    async def __aenter__(self) -> Daemons:
-        timeout_s = START_TIMEOUT_S + self._count * self._memory_bytes / TOUCH_BPS_MIN
+    async def __aenter__(self) -> Self:
+        memory_bytes = sum(command.memory_bytes for command in self._commands)
+        timeout_s = START_TIMEOUT_S + memory_bytes / TOUCH_BPS_MIN
         try:
-            started = [await self._start(number) for number in range(self._count)]
+            started = [await self._start(command) for command in self._commands]
             async with asyncio.timeout(timeout_s):
                 for child, listening in started:
                     self.endpoints.append(await self._listening(child, listening))
         except TimeoutError:
             await self.__aexit__(None, None, None)
-            size = format_size_bytes(self._memory_bytes)
-            late = self._children[len(self.endpoints)]
+            place = len(self.endpoints)
+            size = format_size_bytes(self._commands[place].memory_bytes)
+            late = self._children[place]
             raise DaemonFailed(
                 f"{late.name} (--memory {size}) does not listen after {timeout_s:.0f} s;"
                 f" its log ends with: {' | '.join(late.log) or 'nothing'}"
@@ -88,7 +102,7 @@ class Daemons:
         """How those ended that should still run."""
         return [child.story() for child in self._children if child.status is not None]
 
-    async def _start(self, number: int) -> tuple[Child, asyncio.Future[str]]:
+    async def _start(self, command: Command) -> tuple[Child, asyncio.Future[str]]:
         listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         def hear(line: str) -> None:
@@ -96,13 +110,8 @@ class Daemons:
             if found and not listening.done():
                 listening.set_result(found[1])
 
-        arguments = [
-            *("--listen", "tcp://127.0.0.1:0"),
-            *("--memory", str(self._memory_bytes)),
-            *("--node-id", f"kvbench-{number}"),
-            *self._options,
-        ]
-        child = await Child.start(f"kvstored {number}", "kvstore_daemon", arguments, hear, hear)
+        arguments = ["--memory", str(command.memory_bytes), *command.options]
+        child = await Child.start(command.name, command.module, arguments, hear, hear)
         self._children.append(child)
         return child, listening
 
@@ -115,3 +124,32 @@ class Daemons:
             return listening.result()
         finally:
             ended.cancel()
+
+
+class Daemons(Servers):
+    """Some `kvstored`, for `async with`.
+
+    Args:
+        count: How many.
+        memory_bytes: Arena of each.
+        options: Further words of their command line.
+        listen: Where each listens; a unix socket is for one alone.
+
+    Raises:
+        DaemonFailed: On entry; says which, why, and the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        memory_bytes: int,
+        options: Sequence[str] = (),
+        listen: str = LOOPBACK,
+    ) -> None:
+        words = [("--listen", listen, "--node-id", f"kvbench-{n}", *options) for n in range(count)]
+        super().__init__(
+            [
+                Command(f"kvstored {number}", "kvstore_daemon", of_one, memory_bytes)
+                for number, of_one in enumerate(words)
+            ]
+        )

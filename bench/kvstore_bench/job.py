@@ -2,7 +2,7 @@
 
 Rule: an option that is listed here works, and one that works is listed here. The words and
 their meaning are fio's (fio.readthedocs.io) wherever fio has them; `batch`, `layers`, `order`,
-`ack`, `path`, `endpoint` and `deadline` are ours.
+`ack`, `path`, `transport`, `verify_checksums`, `endpoint` and `deadline` are ours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ BLOCK_STEP_BYTES = 8
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h|d)?")
 _DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
+#: What moves payload, as the client knows it.
+TRANSPORTS = ("auto", "tcp", "unix", "shm", "rdma")
+# What the hop to us may go by, on each path.
+_HOPS = {
+    "direct": TRANSPORTS,
+    "relay": ("auto", "tcp", "rdma"),
+    "agent": ("auto", "unix", "shm"),
+}
+_HOP_REASONS = {
+    "relay": "another node's agent is reached over the network",
+    "agent": "the agent of this node listens on a unix socket",
+}
 
 #: Where an option was given that stood in no file.
 COMMAND_LINE = "command line"
@@ -76,6 +88,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     randseed: int = 1
     endpoint: tuple[str, ...] = ()
     path: str = "direct"
+    transport: str = "auto"
+    verify_checksums: bool = True
     layers: int = 1
     order: str = "block"
     ack: str = "memory"
@@ -101,6 +115,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def writes(self) -> bool:
         """Whether some of its I/Os are writes."""
         return self.rw not in ("read", "randread")
+
+    @property
+    def client_transport(self) -> str:
+        """What its clients are told to use.
+
+        A daemon that is started for a job without a word about transports is reached by TCP, as
+        ever, so that results stay comparable.
+        """
+        ours = self.transport == "auto" and not self.endpoint and self.path != "agent"
+        return "tcp" if ours else self.transport
 
     @property
     def random(self) -> bool:
@@ -209,7 +233,7 @@ OPTIONS: dict[str, Option] = {
         _flag,
         "0|1",
         "compare every byte read with what was written, on top of the checksums that the client"
-        " always verifies; a job that only writes reads back what is still stored (0)",
+        " verifies; a job that only writes reads back what is still stored (0)",
     ),
     "randseed": Option(_number(0, 2**32 - 1), "N", "seed of contents and of random orders (1)"),
     "endpoint": Option(
@@ -218,7 +242,31 @@ OPTIONS: dict[str, Option] = {
         "daemons to use, kv only; without it the job starts one with room for size, and it ends"
         " with the job",
     ),
-    "path": Option(_choice("direct"), "direct", "how blocks travel: from the daemon to us"),
+    "path": Option(
+        _choice(*_HOPS),
+        "|".join(_HOPS),
+        "how blocks travel, kv only. direct: from the daemon to us; relay: from the daemon to the"
+        " agent of another node and from there to us, all of them, reads only; agent: by the agent"
+        " of our own node, reads and writes. The job starts the agent, on this host, with memory"
+        " for what is under way and no more, so that it holds little of what it is asked for"
+        " (direct)",
+    ),
+    "transport": Option(
+        _choice(*TRANSPORTS),
+        "|".join(TRANSPORTS),
+        "what moves the bytes of the hop to us, kv only; bytes that come by another one end the"
+        " job. tcp, unix: sockets; shm: memory that the daemon or our agent, on this host, writes"
+        " and reads itself; rdma: the same by a network card. A daemon that the job starts listens"
+        " on loopback, or in a temporary folder for unix and shm; an agent reaches it in the same"
+        " way. path=relay goes by tcp or rdma, path=agent by unix or shm. auto: tcp to a daemon of"
+        " the job's own, else the best that is offered; results say which (auto)",
+    ),
+    "verify_checksums": Option(
+        _flag,
+        "0|1",
+        "0: the client does not compare what it reads with the checksums of who wrote it, kv only:"
+        " what moving alone costs, never for use. Daemons and agents go on verifying (1)",
+    ),
     "layers": Option(_number(1, LAYERS_MAX), "N", "layers of a block, each with a checksum (1)"),
     "order": Option(
         _choice("block", "layer"), "block|layer", "order in which the bytes of a read come (block)"
@@ -294,3 +342,10 @@ def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
         refuse("verify", 1, f"ioengine={job.ioengine} stores nothing that could be compared")
     if job.ioengine == "raw" and job.rw not in ("read", "write"):
         refuse("rw", job.rw, "must be read or write: raw is one stream of bytes in order")
+    if job.ioengine != "kv":  # the others have no paths
+        return
+    if job.transport not in _HOPS[job.path]:
+        reason = f"path={job.path} goes by {' or '.join(_HOPS[job.path][1:])}"
+        refuse("transport", job.transport, f"{reason}: {_HOP_REASONS[job.path]}")
+    if job.path == "relay" and job.writes:
+        refuse("rw", job.rw, "path=relay carries reads only: what is written goes to the daemon")

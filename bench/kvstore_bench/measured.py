@@ -21,6 +21,8 @@ class MeasuredDirection:
         bw_bytes: Bytes a second.
         iops: I/Os a second.
         slat, clat, lat: Latencies in nanoseconds.
+        transports, paths: Bytes that travelled, by what moved them and by the path; those of
+            blocks that were sent again are in it twice.
     """
 
     def __init__(self, clones: Sequence[DirectionTotals], runtime_s: float) -> None:
@@ -30,7 +32,11 @@ class MeasuredDirection:
         self.bw_bytes = self.bytes / runtime_s if runtime_s else 0.0
         self.iops = self.ios / runtime_s if runtime_s else 0.0
         self.slat, self.clat, self.lat = Histogram(), Histogram(), Histogram()
+        self.transports: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
         for clone in clones:
+            self.transports.update(clone.transports)
+            self.paths.update(clone.paths)
             self.slat.merge(clone.slat)
             self.clat.merge(clone.clat)
             self.lat.merge(clone.lat)

@@ -12,6 +12,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +24,14 @@ from kvstore_bench.job import Job
 PROGRESS_INTERVAL_NS = 250_000_000
 
 clock_ns = time.monotonic_ns
+
+
+class Travelled(NamedTuple):
+    """Some bytes of an I/O: by which path they came or went, and what moved them here."""
+
+    path: str
+    transport: str
+    size_bytes: int
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -65,6 +74,7 @@ class DirectionTotals(msgspec.Struct, frozen=True):
         bytes: Of blocks that were read and are right, or were stored.
         ios: I/Os that ended.
         short_ios: Of those, the ones with blocks that were not there, or not stored.
+        transports, paths: Bytes that travelled, by what moved them here and by the path.
     """
 
     bytes: int
@@ -73,6 +83,8 @@ class DirectionTotals(msgspec.Struct, frozen=True):
     slat: Snapshot
     clat: Snapshot
     lat: Snapshot
+    transports: dict[str, int] = {}
+    paths: dict[str, int] = {}
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -106,6 +118,8 @@ class Direction:
         self.slat = Histogram()
         self.clat = Histogram()
         self.lat = Histogram()
+        self.transports: Counter[str] = Counter()
+        self.paths: Counter[str] = Counter()
 
     def totals(self) -> DirectionTotals:
         """As a value."""
@@ -116,6 +130,8 @@ class Direction:
             slat=self.slat.snapshot(),
             clat=self.clat.snapshot(),
             lat=self.lat.snapshot(),
+            transports=dict(self.transports),
+            paths=dict(self.paths),
         )
 
 
@@ -188,6 +204,13 @@ class Meter:
         direction.slat.record(submitted_ns - began_ns)
         direction.clat.record(ended_ns - submitted_ns)
         direction.lat.record(ended_ns - began_ns)
+
+    def travelled(self, is_read: bool, runs: Sequence[Travelled]) -> None:
+        """Count how the bytes of an I/O that counts came, or went."""
+        direction = self.read if is_read else self.write
+        for path, transport, size_bytes in runs:
+            direction.paths[path] += size_bytes
+            direction.transports[transport] += size_bytes
 
     def seen(self, is_read: bool, byte_count: int, now_ns: int) -> None:
         """Note bytes for the progress, whether or not they count."""

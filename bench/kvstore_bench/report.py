@@ -4,7 +4,8 @@ JSON history (`"kvbench format"`):
 
 1   fio 3's names and units. An I/O of `kv` is a batch of blocks. Ours beside fio's: `trial`,
     `cpu` and `blocks` in each job, `batch` always among its options; `blocks_iops`, blocks a
-    second, beside `iops`; `summary` and `warnings` over several trials.
+    second, beside `iops`; `transports` and `paths`, bytes by what moved them and by the path,
+    in each direction; `summary` and `warnings` over several trials.
 """
 
 from __future__ import annotations
@@ -118,6 +119,8 @@ def _direction_json(
         "bw": round(found.bw_bytes / 1024),
         "iops": found.iops,
         "blocks_iops": found.bw_bytes / block_bytes,
+        "transports": dict(sorted(found.transports.items())),
+        "paths": dict(sorted(found.paths.items())),
         "runtime": runtime_ms if found.ios else 0,
         "total_ios": found.ios,
         "short_ios": found.short_ios,
@@ -150,6 +153,10 @@ def describe(job: Job, group: int) -> str:
     """A job before it runs, in one line."""
     text = f"{job.name}: (g={group}): rw={job.rw}, bs={format_size_bytes(job.bs)}"
     text += f", batch={job.batch}, ioengine={job.ioengine}, iodepth={job.iodepth}"
+    if job.ioengine == "kv":
+        text += f", path={job.path}" * (job.path != "direct")
+        text += f", transport={job.transport}" * (job.transport != "auto")
+        text += ", verify_checksums=0" * (not job.verify_checksums)
     return text + (f", numjobs={job.numjobs}" if job.numjobs > 1 else "")
 
 
@@ -192,8 +199,29 @@ def _job_lines(result: JobResult, trials: int) -> list[str]:
     if found.outcomes:
         counts = ", ".join(f"{word}={count}" for word, count in sorted(found.outcomes.items()))
         lines.append(f"  blocks       : {counts}")
+    lines += _travel_lines(found)
     if job.verify:
         lines.append(f"  verify       : {found.checked_blocks} blocks, {found.wrong_blocks} wrong")
+    return lines
+
+
+def _travel_lines(found: Measured) -> list[str]:
+    """What moved the bytes, and by which path where that is not the usual one."""
+    both = bool(found.read.ios and found.write.ios)
+    lines = []
+    for label, reads, writes, usual in (
+        ("transport", found.read.transports, found.write.transports, set[str]()),
+        ("path", found.read.paths, found.write.paths, {"direct"}),
+    ):
+        if {*reads, *writes} <= usual:
+            continue
+        parts = [
+            f"{direction} " * both
+            + ", ".join(f"{name}={format_size_bytes(size)}" for name, size in sorted(sizes.items()))
+            for direction, sizes in (("read", reads), ("write", writes))
+            if sizes
+        ]
+        lines.append(f"  {label:<13}: {'; '.join(parts)}")
     return lines
 
 

@@ -16,17 +16,14 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from kvstore_bench.children import Child, stop_all
-from kvstore_bench.daemons import DaemonFailed, Daemons
+from kvstore_bench.daemons import DaemonFailed
 from kvstore_bench.engines.base import Task
 from kvstore_bench.job import Job
 from kvstore_bench.jobfile import groups
+from kvstore_bench.jobservers import JobServers, servers_of
 from kvstore_bench.meter import Totals
 from kvstore_bench.worker import LOG_PREFIX, Finished, Progress, Ready, Report, Step
 
-# What a daemon of our own has beyond the working set: puts under way, and the unfilled ends
-# of an arena that blocks of another size went through.
-ARENA_SPARE_BYTES = 64 * 1024 * 1024
-PAGE_BYTES = 4096
 # A worker says something several times a second. Before the first word it starts an
 # interpreter and touches memory; an I/O may take until its deadline.
 SILENCE_MAX_S = 60.0
@@ -76,20 +73,6 @@ class Watcher:
         """A group is over."""
 
 
-def arena_bytes(job: Job) -> int:
-    """Memory of the daemon that a job gets if it names none.
-
-    It holds the working set and, where the job reads and writes, as much again for what is
-    written; older writes are evicted.
-    """
-    block_bytes = -(-job.bs // PAGE_BYTES) * PAGE_BYTES
-    round_bytes = job.io_count * job.batch * block_bytes
-    kinds = job.reads + job.writes
-    # A job that only writes needs no spare: that it evicts is the point.
-    spare = ARENA_SPARE_BYTES + 2 * job.iodepth * job.batch * block_bytes if job.reads else 0
-    return job.numjobs * (kinds * round_bytes + spare)
-
-
 async def run_jobs(jobs: Sequence[Job], trials: int, watcher: Watcher) -> list[JobResult]:
     """Run all jobs, `trials` times in turn; one that fails does not keep others from running."""
     results: list[JobResult] = []
@@ -131,12 +114,12 @@ async def _run_job(job: Job, trial: int, group: int, gate: Gate, watcher: Watche
     run = JobRun(job, gate, watcher)
     error, clones = "", []
     try:
-        if job.ioengine == "kv" and not job.endpoint:
-            async with Daemons(1, arena_bytes(job)) as daemons:
-                clones = await run.run(daemons.endpoints, daemons.pids)
-                error = "; ".join(daemons.failures())
+        if job.ioengine == "kv":
+            async with servers_of(job) as servers:
+                clones = await run.run(servers)
+                error = servers.failures()
         else:
-            clones = await run.run(job.endpoint, ())
+            clones = await run.run(JobServers())
     except DaemonFailed as failure:
         error = str(failure)
     finally:
@@ -169,7 +152,7 @@ class JobRun:
         self._at_gate = True
         self._children: list[Child] = []
 
-    async def run(self, endpoints: Sequence[str], server_pids: Sequence[int]) -> list[Totals]:
+    async def run(self, servers: JobServers) -> list[Totals]:
         """Run all clones; totals of those that have some."""
         run = os.urandom(16).hex()
         workers = [Worker(self._job, clone, self._watcher) for clone in range(self._job.numjobs)]
@@ -179,9 +162,10 @@ class JobRun:
                     job=self._job,
                     clone=worker.clone,
                     run=run,
-                    endpoints=tuple(endpoints),
-                    server_pids=tuple(server_pids),
-                    keep=bool(server_pids),
+                    endpoints=servers.endpoints,
+                    relays=servers.relays,
+                    server_pids=servers.pids,
+                    keep=servers.keep,
                 )
                 self._children.append(await worker.start(task))
             await asyncio.gather(*(worker.ready() for worker in workers))

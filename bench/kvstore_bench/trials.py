@@ -73,6 +73,13 @@ def _entry(
     return {
         "jobname": name,
         "trials": len(found),
+        "transports": sorted(
+            {
+                name
+                for one in found.values()
+                for name in (*one.read.transports, *one.write.transports)
+            }
+        ),
         "bw_bytes": _median(rates),
         "bw_bytes_min": min(rates, default=None),
         "bw_bytes_max": max(rates, default=None),
@@ -95,7 +102,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 def summary_text(summary: Sequence[dict[str, Any]]) -> str:
     """The summary as a table."""
     references = list(dict.fromkeys(e["reference"] for e in summary if e["reference"]))
-    head = ["job", "trials", "median bandwidth"]
+    head = ["job", "transport", "trials", "median bandwidth"]
     head.append(f"of {references[0]}" if len(references) == 1 else "ratio" if references else "")
     head += ["[min-max]", "cpu-s/GiB", "client", "server", "us/block"]
     rows = [head]
@@ -105,6 +112,7 @@ def summary_text(summary: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [
                 entry["jobname"],
+                "+".join(entry["transports"]) or "-",
                 str(entry["trials"]),
                 "-" if rate is None else bandwidth_text(rate),
                 _ratio(entry, named=len(references) > 1),

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
-from kvstore.errors import RefusedError
-from kvstore.memorymessages import RDMA, SHM, VIEWS
+from kvstore.endpoint import Endpoint
+from kvstore.errors import RefusedError, RemoteProtocolError, TransportError
+from kvstore.memorymessages import RDMA, SHM, VIEWS, Rails
 from kvstore.messages import Welcome
+from kvstore.protocol import ClientProtocol
 from kvstore.transport.connection import FrameConnection
-from kvstore_client.linkmemory import Ask, LinkMemory, SharedMemory
+from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.rdma_nodes import RdmaNodes, endpoint_options
+from kvstore.transport.rdma_options import RdmaOptions
+from kvstore.wire import FrameType
+from kvstore_client.linkmemory import Ask, LinkMemory, RdmaMemory, SharedMemory
 from kvstore_client.memory import Regions
+from kvstore_client.transports import AUTO
 
 logger = logging.getLogger(__name__)
-
-#: The best that a peer offers.
-AUTO = "auto"
-#: What moves payload; see `AsyncClient`.
-TRANSPORTS = (AUTO, "tcp", "unix", SHM, RDMA)
 
 
 class Channels(NamedTuple):
@@ -29,49 +32,123 @@ class Channels(NamedTuple):
     put: FrameConnection
 
 
-async def agree(
-    loop: asyncio.AbstractEventLoop,
-    wanted: str,
-    regions: Regions,
-    welcome: Welcome,
-    channels: Channels,
-    ask: Ask,
-) -> LinkMemory | None:
-    """The way into our memory for a link that comes up; None for its sockets alone.
+class Agreement:
+    """How links of one client agree on what moves payload. On the loop's thread.
 
     Args:
         wanted: One of `TRANSPORTS`.
-        ask: Sends a request on the control connection.
-
-    Raises:
-        RefusedError: Only something is wanted that the peer does not offer.
-        TransportError: The connection breaks.
+        regions: Memory that peers may reach.
     """
-    offered, stream = welcome.capabilities, channels.fetch.stream.transport
-    if SHM in offered and wanted in (AUTO, SHM):
-        carriers = (channels.fetch, channels.put)
-        return SharedMemory(loop, regions, channels.control, carriers, ask, VIEWS in offered)
-    if wanted not in (AUTO, stream):
-        raise RefusedError(
-            f"transport={wanted}, and nothing else is to be used: {welcome.node_id} offers"
-            f" {', '.join((stream, *offered))} at this endpoint"
-        )
-    return None
 
+    def __init__(self, loop: asyncio.AbstractEventLoop, wanted: str, regions: Regions) -> None:
+        self.wanted = wanted
+        self.regions = regions
+        self._loop = loop
+        self._nodes = RdmaNodes(loop)
+        self._complained: set[str] = set()
 
-async def share_all(memory: LinkMemory, regions: Regions, peer: str) -> None:
-    """Let a peer reach all regions, those too that are made meanwhile."""
-    tried: set[int] = set()
-    while True:
-        left = [region for region in regions.all() if region.number not in tried]
-        if not left:
-            return
-        for region in left:
-            tried.add(region.number)
+    async def agree(
+        self,
+        endpoint: Endpoint,
+        welcome: Welcome,
+        channels: Channels,
+        ask: Ask,
+        on_failed: Callable[[Exception], None],
+    ) -> LinkMemory | None:
+        """The way into our memory for a link that comes up; None for its sockets alone.
+
+        Args:
+            endpoint: Of the peer.
+            ask: Sends a request on the control connection.
+            on_failed: Called when nothing can be moved that way any more.
+
+        Raises:
+            RefusedError: Only something is wanted that the peer does not offer.
+            TransportError: Only RDMA is wanted, and this host cannot do it; or the connection
+                breaks.
+        """
+        offered, stream = welcome.capabilities, channels.fetch.stream.transport
+        wanted = self.wanted
+        if SHM in offered and wanted in (AUTO, SHM):
+            carriers = (channels.fetch, channels.put)
+            return SharedMemory(
+                self._loop, self.regions, channels.control, carriers, ask, VIEWS in offered
+            )
+        if RDMA in offered and wanted in (AUTO, RDMA):
             try:
-                await memory.add(region)
-            except RefusedError as error:
-                logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, error)
+                return await self._by_rdma(endpoint, welcome, channels, ask, on_failed)
+            except (TransportError, RefusedError) as error:
+                if wanted == RDMA or channels.control.closed:
+                    raise
+                self._complain(f"{welcome.node_id} offers rdma, and {stream} is used: {error}")
+                return None
+        if wanted not in (AUTO, stream):
+            raise RefusedError(
+                f"transport={wanted}, and nothing else is to be used: {welcome.node_id} offers"
+                f" {', '.join((stream, *offered))} at {endpoint}"
+            )
+        return None
+
+    async def share_all(self, memory: LinkMemory, peer: str) -> None:
+        """Let a peer reach all regions, those too that are made meanwhile."""
+        tried: set[int] = set()
+        while True:
+            left = [region for region in self.regions.all() if region.number not in tried]
+            if not left:
+                return
+            for region in left:
+                tried.add(region.number)
+                try:
+                    await memory.add(region)
+                except RefusedError as error:
+                    logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, error)
+
+    def close(self) -> None:
+        """Close the rails. All links are down before."""
+        self._nodes.close()
+
+    async def _by_rdma(
+        self,
+        endpoint: Endpoint,
+        welcome: Welcome,
+        channels: Channels,
+        ask: Ask,
+        on_failed: Callable[[Exception], None],
+    ) -> LinkMemory:
+        options = RdmaOptions()
+        if endpoint.scheme == "rdma":
+            options = endpoint_options(endpoint, "endpoints")
+        node: RdmaNode = self._nodes.node(options, channels.control.stream.local_address())
+        end = node.end(welcome.node_id, active=False)
+        protocol, fetch = channels.fetch.protocol, channels.fetch
+        assert isinstance(protocol, ClientProtocol)
+
+        def on_run(run: int) -> None:
+            try:
+                protocol.run_arrived(run)
+            except RemoteProtocolError as error:
+                fetch.close(error)
+
+        def on_error(error: Exception) -> None:
+            logger.warning("rdma to %s: %s", welcome.node_id, error)
+            if end.failed is not None:
+                on_failed(error)
+
+        try:
+            end.on_run, end.on_failed = on_run, on_error
+            reply = await ask(FrameType.RAILS, end.addresses())
+            assert isinstance(reply, Rails)
+            end.connect(reply)
+        except BaseException:
+            end.close()
+            raise
+        return RdmaMemory(self._loop, self.regions, node, end)
+
+    def _complain(self, text: str) -> None:
+        """Loud, and once: the same is true each time that the link comes up."""
+        if text not in self._complained:
+            self._complained.add(text)
+            logger.warning("%s", text)
 
 
-__all__ = ["AUTO", "TRANSPORTS", "Channels", "agree", "share_all"]
+__all__ = ["Agreement", "Channels"]

@@ -22,7 +22,6 @@ from kvstore.messages import (
     Status,
 )
 from kvstore.wire import FrameType
-from kvstore_client.agreement import AUTO
 from kvstore_client.arguments import (
     check_ack,
     check_chain,
@@ -44,6 +43,7 @@ from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.relays import check_policy, check_relays
 from kvstore_client.selector import Policy
+from kvstore_client.transports import AUTO
 from kvstore_client.views import Views
 
 # How long an agent keeps blocks for an engine that has not claimed them yet: as long as two

@@ -20,10 +20,10 @@ from kvstore.messages import (
     Retain,
 )
 from kvstore.transfer import check_memory
-from kvstore_client.agreement import TRANSPORTS
 from kvstore_client.jobs import ANY_ROUTE, FetchJob, Offer, PutJob, Route
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import Chain
+from kvstore_client.transports import TRANSPORTS
 
 # What a count on the wire can hold.
 CAPACITY_BYTES_MAX = 1 << 62

@@ -14,7 +14,6 @@ from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import AckLevel, PoolInfo, Status
-from kvstore_client.agreement import AUTO
 from kvstore_client.aio import DEADLINE_S, RETAIN_S, AsyncClient
 from kvstore_client.arguments import (
     check_ack,
@@ -30,6 +29,7 @@ from kvstore_client.jobs import Offer, PutJob
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.selector import Policy
+from kvstore_client.transports import AUTO
 
 ResultT = TypeVar("ResultT")
 

@@ -45,6 +45,7 @@ from kvstore.messages import (
 )
 from kvstore.protocol import Reply
 from kvstore.wire import FrameType
+from kvstore_client.agreement import Agreement
 from kvstore_client.clusteroptions import ClusterOptions
 from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
@@ -107,7 +108,7 @@ class Cluster(Ways):
         self.regions = Regions()
         self.counters: Counter[str] = Counter()
         self._parsed = parsed
-        self._placement = Placement(self.endpoints)
+        self._placement = Placement([endpoint.place for endpoint in parsed])
         if not 1 <= options.copies <= OWNERS_MAX:
             raise ConfigError("copies", options.copies, f"must be 1 to {OWNERS_MAX}")
         self._options = options
@@ -130,6 +131,7 @@ class Cluster(Ways):
         self._agent = AgentPath()
         self._relay = RelayPath()
         self._store: StorePath
+        self._agreement: Agreement
         self._peers: PeerLinks | None = None
         self._namespaces: dict[bytes, Namespace] = {}
         # The newest question for each name whose answer is waited for.
@@ -143,6 +145,7 @@ class Cluster(Ways):
         takes too long."""
         self._loop = asyncio.get_running_loop()
         self._store = StorePath(self._loop)
+        self._agreement = Agreement(self._loop, self._options.transport, self.regions)
         self._checksums = ChecksumMaker(self._loop)
         options = self._options
         draws = random.Random(options.seed)
@@ -156,9 +159,8 @@ class Cluster(Ways):
             on_report=self._take_report,
             draws=draws,
             counters=self.counters,
-            wanted=options.transport,
+            agreement=self._agreement,
             verify=options.verify,
-            regions=self.regions,
         )
         # One hop only: what an agent takes for storage must be no agent itself.
         daemon_only = options.role is Role.AGENT
@@ -201,6 +203,7 @@ class Cluster(Ways):
         self._checksums.close()
         for region in self.regions.all():
             self.regions.remove(region, close=not region.users)
+        self._agreement.close()
 
     # --- memory ----------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from kvstore.messages import Role
-from kvstore_client.agreement import AUTO
 from kvstore_client.selector import Policy
+from kvstore_client.transports import AUTO
 
 
 class ClusterOptions(msgspec.Struct, frozen=True, kw_only=True):

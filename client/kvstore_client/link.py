@@ -55,11 +55,12 @@ from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
 from kvstore.transport.shm import host_name
 from kvstore.wire import FrameType
-from kvstore_client.agreement import AUTO, Channels, agree, share_all
+from kvstore_client.agreement import Agreement, Channels
 from kvstore_client.breaker import RAMP_SHARE_MIN, Backoff, BreakerState, CircuitBreaker
 from kvstore_client.linkmemory import LinkMemory, NamedMemory
-from kvstore_client.memory import Region, Regions
+from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace, WantedNamespaces
+from kvstore_client.transports import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +95,8 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
         on_report: Called with every load report that comes, and the link that brought it.
         draws: Chance, for backoff and ramp-in.
         counters: Where to count.
-        wanted: What is to move payload: "auto" takes the best that the peer offers, anything
-            else takes nothing else.
+        agreement: On what is to move payload.
         verify: Whether what peers have not verified in our memory is verified.
-        regions: Memory that peers may reach.
     """
 
     node_id: str
@@ -109,9 +108,8 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     on_report: Callable[[PeerLink, LoadReport], None]
     draws: random.Random
     counters: Counter[str]
-    wanted: str = AUTO
+    agreement: Agreement
     verify: bool = True
-    regions: Regions = msgspec.field(default_factory=Regions)
 
 
 class PeerLink:
@@ -521,6 +519,7 @@ class PeerLink:
 
     async def _bring_up(self) -> None:
         opened: list[FrameConnection] = []
+        memory: LinkMemory | None = None
         self._down.clear()
         try:
             opened.append(await self._open_control())
@@ -529,14 +528,14 @@ class PeerLink:
                 opened.append(await self._open(Channel.DATA, endpoint))
             channels = Channels(*opened)
             assert self.welcome is not None
-            setup = self._setup
             ask = partial(self._ask_memory, channels.control)
-            memory = await agree(
-                self._loop, setup.wanted, setup.regions, self.welcome, channels, ask
+            agreement = self._setup.agreement
+            memory = await agreement.agree(
+                self.endpoint, self.welcome, channels, ask, self._take_down
             )
             await self._namespaces.open_all(partial(self._ask_open, channels.control))
             if memory is not None:
-                await share_all(memory, setup.regions, self.peer)
+                await agreement.share_all(memory, self.peer)
             # From here on nothing waits, so that nothing comes between.
             if any(connection.closed for connection in opened):
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
@@ -550,6 +549,8 @@ class PeerLink:
             self._subscribe()
         except BaseException as error:
             self._channels = None
+            if memory is not None:
+                memory.close()
             for connection in opened:
                 connection.close(TransportError(f"{self.endpoint}: {error}"))
             raise
@@ -561,7 +562,7 @@ class PeerLink:
         welcome, self._endpoint_used = self.welcome, self.endpoint
         assert welcome is not None
         if (
-            self._setup.wanted not in (AUTO, SHM)
+            self._setup.agreement.wanted not in (AUTO, SHM)
             or not welcome.local
             or self.endpoint.scheme == "unix"
             or welcome.host != host_name()

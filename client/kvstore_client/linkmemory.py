@@ -20,7 +20,10 @@ from kvstore.messages import Message
 from kvstore.protocol import Reply
 from kvstore.transfer import BlockMemory
 from kvstore.transport.connection import FrameConnection
+from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.rdma_end import RdmaEnd
 from kvstore.transport.shm import MappedArena
+from kvstore.transport.verbs import VerbsError
 from kvstore.wire import FrameType
 from kvstore_client.memory import Region, Regions
 
@@ -243,4 +246,45 @@ class SharedMemory(LinkMemory):
             self.settled.set_result(None)
 
 
-__all__ = ["Ask", "LinkMemory", "NamedMemory", "SharedMemory", "place_bytes_of"]
+class RdmaMemory(LinkMemory):
+    """Regions that are registered with devices: the peer writes and reads them by itself.
+
+    Args:
+        node: Rails of this process.
+        end: Our side of the queue pairs, connected.
+    """
+
+    transport = "rdma"
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, regions: Regions, node: RdmaNode, end: RdmaEnd
+    ) -> None:
+        super().__init__(loop, regions)
+        self._node = node
+        self._end = end
+
+    def knows(self, region: Region) -> bool:
+        return self._node in region.registrations
+
+    def region(self, region: Region) -> MemoryRegion:
+        return region.registrations[self._node].described()
+
+    async def add(self, region: Region) -> None:
+        if self._node in region.registrations:
+            return
+        try:
+            registration = self._node.register(region.view, remote_write=True, remote_read=True)
+        except VerbsError as error:
+            raise RefusedError(str(error)) from error
+        region.registrations[self._node] = registration
+
+    async def remove(self, region: Region) -> None:
+        """Nothing: the memory is taken back from all peers together, by its owner."""
+
+    def close(self) -> None:
+        self._end.close()  # when it returns, no device touches memory for this peer
+        if not self.settled.done():
+            self.settled.set_result(None)
+
+
+__all__ = ["Ask", "LinkMemory", "NamedMemory", "RdmaMemory", "SharedMemory", "place_bytes_of"]

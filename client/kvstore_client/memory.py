@@ -13,6 +13,8 @@ from kvstore.buffers import Region as SharedMemory
 from kvstore.errors import LocalProtocolError
 from kvstore.memorymessages import REGIONS_SHARED_MAX
 from kvstore.transfer import as_memory
+from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.rdma_memory import Registration
 from kvstore.transport.shm import address_of
 
 
@@ -29,17 +31,31 @@ class Region:
         size_bytes: How much that is.
         address: Of its first byte.
         users: Requests that have named it to a peer and are not quiet.
+        registrations: With RDMA nodes of this process.
     """
 
-    __slots__ = ("_shared", "address", "number", "size_bytes", "users", "view")
+    __slots__ = (
+        "_owned",
+        "_shared",
+        "address",
+        "number",
+        "registrations",
+        "size_bytes",
+        "users",
+        "view",
+    )
 
-    def __init__(self, number: int, view: memoryview, shared: SharedMemory | None) -> None:
+    def __init__(
+        self, number: int, view: memoryview, shared: SharedMemory | None, owned: bool = True
+    ) -> None:
         self.number = number
         self.view = view
         self.size_bytes = len(view)
         self.address = address_of(view)
         self.users = 0
+        self.registrations: dict[RdmaNode, Registration] = {}
         self._shared = shared
+        self._owned = owned
 
     @property
     def fd(self) -> int | None:
@@ -61,8 +77,12 @@ class Region:
 
     def give_back(self) -> None:
         """No peer reaches it any more: what the client has allocated goes back."""
+        registrations = list(self.registrations.values())
+        self.registrations.clear()
+        for registration in registrations:
+            registration.close()
         self.view = memoryview(b"")
-        if self._shared is not None:
+        if self._shared is not None and self._owned:
             self._shared.close()
 
 
@@ -101,7 +121,7 @@ class Regions:
     def adopt(self, shared: SharedMemory) -> Region:
         """Memory of this process that is a memfd already; it stays its owner's."""
         self._check_room()
-        return self._add(Region(next(self._numbers), shared.view, shared))
+        return self._add(Region(next(self._numbers), shared.view, shared, owned=False))
 
     def register(self, buffer: object) -> Region:
         """Memory that the caller has.

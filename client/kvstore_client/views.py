@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 RENEWALS_PER_LEASE = 3
 
 
+_OUTCOMES = list(FetchOutcome)
+
+
 class Views:
     """Leased views of blocks, from `view` of a client until `release`.
 
@@ -185,16 +188,14 @@ async def view_at(
     block_bytes = namespace.geometry.block_bytes
     offsets = struct.unpack(f"<{len(indices)}Q", reply.offsets)
     for position, index in enumerate(indices):
-        outcome = FetchOutcome(reply.done.outcomes[position])
+        outcome = _OUTCOMES[reply.done.outcomes[position]]
         views.outcomes[index] = outcome
         if outcome is FetchOutcome.HIT:
             first = offsets[position]
             views.blocks[index] = arena[first : first + block_bytes]
-    corrupt = [
-        chain.wanted[index] for index in indices if views.outcomes[index] is FetchOutcome.CORRUPT
-    ]
-    if corrupt:
-        link.report_corrupt(namespace, corrupt)
+    if FetchOutcome.CORRUPT in reply.done.outcomes:
+        bad = [index for index in indices if views.outcomes[index] is FetchOutcome.CORRUPT]
+        link.report_corrupt(namespace, [chain.wanted[index] for index in bad])
 
 
 def _release_late(link: PeerLink, reply: Reply) -> None:

@@ -40,7 +40,7 @@ MEMORY_BYTES_MIN = 1024 * 1024
 # What the arena's page numbers reach, in whole TiB.
 MEMORY_BYTES_MAX = PAGES_MAX * PAGE_BYTES // 1024**4 * 1024**4
 
-_SCHEMES = ("tcp", "unix")
+_SCHEMES = ("tcp", "unix", "rdma")
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--listen",
         metavar="URI",
         action="append",
-        help="where to listen, tcp://HOST:PORT or unix:///PATH; may be given several times"
+        help="where to listen: tcp://HOST:PORT, unix:///PATH, or rdma://HOST:PORT[?device=NAME],"
+        " which is TCP that offers RDMA; may be given several times"
         f" (default {LISTEN})",
     )
     parser.add_argument(

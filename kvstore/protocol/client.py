@@ -68,6 +68,10 @@ CALLS_MAX = 16_384
 RUNS_EARLY_MAX = 65_536
 
 
+# Plain numbers: arithmetic with enumerations costs a microsecond, on each frame.
+_REPLY, _PLACED, _VERIFIED = map(int, (Flags.REPLY, Flags.PLACED, Flags.VERIFIED))
+
+
 class _Call:
     """A request of ours that waits for its reply.
 
@@ -136,6 +140,8 @@ class ClientProtocol(FrameProtocol):
         # Runs by RDMA: those that have come and nobody waits for yet, and who waits for which.
         self._runs: set[int] = set()
         self._run_waiters: dict[int, int] = {}
+        # Of requests that have ended without them, and that may yet come.
+        self._late_runs: set[int] = set()
         self._send(FrameType.HELLO, 0, hello)
 
     @property
@@ -191,6 +197,9 @@ class ClientProtocol(FrameProtocol):
         Raises:
             RemoteProtocolError: The news of it break a rule; the connection must be closed.
         """
+        if run in self._late_runs:
+            self._late_runs.discard(run)
+            return
         request_id = self._run_waiters.pop(run, None)
         if request_id is None:
             if len(self._runs) >= RUNS_EARLY_MAX:
@@ -234,6 +243,7 @@ class ClientProtocol(FrameProtocol):
         self._puts.clear()
         self._runs.clear()
         self._run_waiters.clear()
+        self._late_runs.clear()
         for request_id, call in calls.items():
             if isinstance(call.transfer, FetchTransfer):
                 call.transfer.abandon()
@@ -323,10 +333,19 @@ class ClientProtocol(FrameProtocol):
             done = call.done
             if news:  # what lies behind a gap does not count
                 transfer.fail_rest(FetchOutcome.UNAVAILABLE)
-                for _, data in news:
-                    self._runs.discard(data.run)
-                    self._run_waiters.pop(data.run, None)
+                self._forget_runs(news, done.lost_runs)
             self._end_fetch(request_id, call, transfer, done)
+
+    def _forget_runs(self, news: Sequence[tuple[Header, Data]], lost: Sequence[int]) -> None:
+        """Nobody waits for these any more; each that is not lost comes sooner or later."""
+        for run in {data.run for _, data in news if data.run}:
+            self._run_waiters.pop(run, None)
+            if run in self._runs:
+                self._runs.discard(run)
+            elif run not in lost:
+                self._late_runs.add(run)
+        if len(self._late_runs) > RUNS_EARLY_MAX:
+            raise RemoteProtocolError(f"{len(self._late_runs)} runs that never came")
 
     def _end_fetch(self, request_id: int, call: _Call, transfer: FetchTransfer, done: Done) -> None:
         transfer.done(done)
@@ -354,6 +373,7 @@ class ClientProtocol(FrameProtocol):
                 transfer.stop()
             elif isinstance(transfer, FetchTransfer):
                 transfer.abandon()
+                self._forget_runs(call.news, ())
             call.on_reply(error_to_exception(message))
         elif isinstance(message, LoadReport):
             if call.on_report is None:
@@ -362,7 +382,7 @@ class ClientProtocol(FrameProtocol):
         elif isinstance(message, Data):
             if not isinstance(transfer, FetchTransfer):
                 raise RemoteProtocolError("DATA for a request that is no fetch")
-            if header.flags & Flags.PLACED:
+            if header.flags & _PLACED:
                 self._placed(header, message, call, transfer)
             else:
                 transfer.data(header, message.checksums, message.failed)
@@ -388,7 +408,7 @@ class ClientProtocol(FrameProtocol):
         elif (
             transfer is None
             and header.type is call.type
-            and header.flags & Flags.REPLY
+            and header.flags & _REPLY
             and not call.replied
         ):
             _check_items(header.type, message, call.item_count)
@@ -401,7 +421,7 @@ class ClientProtocol(FrameProtocol):
 
 
 def _take_placed(header: Header, data: Data, transfer: FetchTransfer) -> None:
-    verified = bool(header.flags & Flags.VERIFIED)
+    verified = bool(header.flags & _VERIFIED)
     transfer.placed(header, data.checksums, data.failed, data.corrupt, verified)
 
 

@@ -20,7 +20,7 @@ __all__ = [
     "listen",
 ]
 
-_SOCKET_SCHEMES = ("tcp", "unix")
+_SOCKET_SCHEMES = ("tcp", "unix", "rdma")
 
 
 async def connect(

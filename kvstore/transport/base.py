@@ -92,6 +92,10 @@ class Stream(abc.ABC):
         """Who the peer is by the word of the kernel; None where it does not tell."""
         return None
 
+    def local_address(self) -> str:
+        """Our address on the network that it goes through; "" where there is none."""
+        return ""
+
     @abc.abstractmethod
     def end_sending(self) -> None:
         """Tell the peer that nothing follows; receiving goes on. Never raises."""

@@ -275,8 +275,6 @@ class RdmaEnd:
         loop.call_soon(self._tell_failed, error)
         for job in jobs:
             job.owner.lost(job)
-        # The others may have room for who waited for this one.
-        loop.call_soon(self.settle)
 
     # --- inside ----------------------------------------------------------------------------
 

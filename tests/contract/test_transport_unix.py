@@ -185,7 +185,7 @@ def test_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 def test_scheme_without_a_transport_is_refused(loop: str) -> None:
-    endpoint = Endpoint("rdma", "127.0.0.1", 7450)
+    endpoint = Endpoint("quic", "127.0.0.1", 7450)
 
     async def main() -> None:
         with pytest.raises(ConfigError, match="scheme must be one of"):

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from kvstore_bench.daemons import DaemonFailed, Daemons
+from kvstore_bench.job import Job
+from kvstore_bench.jobservers import servers_of
 from tests.support.orphans import TIMEOUT_S, has_ended
 from tests.support.tree import ROOT
 
@@ -49,6 +51,10 @@ def children(pid: int) -> set[int]:
     return found
 
 
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 @pytest.mark.parametrize("engine", ["null", "raw"])
 @pytest.mark.parametrize("rw", ["read", "write"])
 def test_engines_without_a_daemon_move_size_once(engine: str, rw: str) -> None:
@@ -58,6 +64,7 @@ def test_engines_without_a_daemon_move_size_once(engine: str, rw: str) -> None:
     # An I/O of raw is a block, of null a batch.
     assert job[rw]["total_ios"] == (128 if engine == "raw" else 32)
     assert job["cpu"]["server_s"] is None if engine == "null" else job["cpu"]["server_s"] > 0
+    assert job[rw]["transports"] == ({} if engine == "null" else {"tcp": 8 << 20})
 
 
 @pytest.mark.parametrize("rw", ["read", "write", "randread", "randwrite", "rw", "randrw"])
@@ -73,6 +80,107 @@ def test_every_kind_of_job_runs_against_a_daemon_of_its_own(rw: str) -> None:
     assert job["blocks"]["checked"] > 0
     assert job["blocks"]["wrong"] == 0
     assert job["cpu"]["server_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "transport"),
+    [
+        ("direct", "auto", "tcp"),
+        ("direct", "tcp", "tcp"),
+        ("direct", "unix", "unix"),
+        ("direct", "shm", "shm"),
+        ("agent", "auto", "shm"),
+        ("agent", "unix", "unix"),
+        ("agent", "shm", "shm"),
+    ],
+)
+def test_both_directions_go_by_each_transport_and_say_so(
+    path: str, asked: str, transport: str
+) -> None:
+    words = ["--name=a", "--rw=randrw", f"--path={path}", f"--transport={asked}", "--verify=1"]
+    (job,) = run_json(*words, "--layers=2", "--order=layer", *SMALL)["jobs"]
+    assert job["job options"]["transport"] == asked
+    for direction in (job["read"], job["write"]):
+        assert direction["io_bytes"] > 0
+        assert direction["transports"] == {transport: direction["io_bytes"]}
+        assert direction["paths"] == {path: direction["io_bytes"]}
+    assert set(job["blocks"]["outcomes"]) == {"hit", "stored"}
+    assert job["blocks"]["checked"] * 64 * 1024 == job["read"]["io_bytes"]
+    assert job["blocks"]["wrong"] == 0
+    assert job["cpu"]["server_s"] > 0
+
+
+@pytest.mark.parametrize("asked", ["auto", "tcp"])
+def test_reads_go_by_a_relay_and_say_so(asked: str) -> None:
+    words = ["--name=a", "--path=relay", f"--transport={asked}", "--verify=1", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    assert job["read"]["io_bytes"] == 8 << 20
+    assert job["read"]["transports"]["tcp"] >= 8 << 20
+    assert job["read"]["transports"].keys() == {"tcp"}
+    # What a relay on a busy machine is much too late with comes directly, as well.
+    assert job["read"]["paths"]["relay"] > 0
+    assert job["blocks"]["checked"] == 128
+    assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.parametrize("path", ["direct", "agent"])
+def test_without_checksums_every_byte_may_still_be_compared(path: str) -> None:
+    words = ["--name=a", "--rw=randrw", f"--path={path}", "--transport=shm"]
+    (job,) = run_json(*words, "--verify_checksums=0", "--verify=1", *SMALL)["jobs"]
+    assert job["job options"]["verify_checksums"] == "0"
+    assert job["blocks"]["checked"] > 0
+    assert job["blocks"]["wrong"] == 0
+
+
+def test_clones_share_memory_with_one_daemon() -> None:
+    words = ["--name=a", "--rw=randread", "--transport=shm", "--numjobs=2", "--verify=1", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    assert job["read"]["transports"] == {"shm": 2 * (8 << 20)}
+    assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.asyncio
+async def test_what_a_given_daemon_offers_is_used_and_nothing_else_instead() -> None:
+    # An abstract one: a temporary directory's path may be too long for a socket.
+    listen = f"unix://@kvbench-{os.getpid()}"
+    async with Daemons(1, 32 << 20, (), listen) as by_unix, Daemons(1, 32 << 20) as by_tcp:
+        words = ["--name=a", "--verify=1", *SMALL]
+        for daemons, transport in ((by_unix, "shm"), (by_tcp, "tcp")):
+            endpoint = f"--endpoint={daemons.endpoints[0]}"
+            (job,) = run_json(*words, endpoint)["jobs"]
+            assert job["read"]["transports"] == {transport: 8 << 20}
+        (job,) = run_json(*words, endpoint, "--transport=shm", status=1)["jobs"]
+        assert "transport=shm, and nothing else is to be used" in job["error_text"]
+        # By an agent of the job's own, whose storage is the daemon that was given.
+        (job,) = run_json(*words, "--rw=randrw", "--path=agent", endpoint)["jobs"]
+        assert job["read"]["paths"].keys() == job["write"]["paths"].keys() == {"agent"}
+        assert job["cpu"]["server_s"] is None
+
+
+@pytest.mark.asyncio
+async def test_sockets_lie_in_a_folder_of_our_own_that_ends_with_the_job() -> None:
+    job = Job(name="a", size=16 << 20, path="agent", transport="shm")
+    async with servers_of(job) as servers:
+        (endpoint,) = servers.endpoints
+        folder = Path(endpoint.removeprefix("unix://")).parent
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {one.name for one in folder.iterdir()} == {"kvstored", "kvagent"}
+        assert len(servers.pids) == 2
+        assert servers.failures() == ""
+    assert not folder.exists()
+    assert all(map(has_ended, servers.pids))
+
+
+@pytest.mark.asyncio
+async def test_an_agent_that_dies_ends_the_job() -> None:
+    words = ["--runtime=600", "--time_based", "--eta=always", "--path=agent", *SMALL]
+    with started("--name=a", *words) as bench:
+        wait_for(bench, rb"\[r=[0-9.]+[KMG]iB/s\]")
+        (agent,) = (pid for pid in children(bench.pid) if b"client.agent" in command_line(pid))
+        os.kill(agent, signal.SIGKILL)
+        output, _ = bench.communicate(timeout=TIMEOUT_S)
+    assert bench.returncode == 1
+    assert b"error: kvagent ended with signal 9" in output
 
 
 def test_writes_beyond_the_arena_are_stored_and_evict() -> None:
@@ -137,7 +245,7 @@ async def test_jobs_leave_nothing_on_daemons_that_they_were_given() -> None:
         async with AsyncClient(daemons.endpoints) as client:
             for status in (await client.status()).values():
                 assert not isinstance(status, Exception)
-                buffers = status.report.buffers  # type: ignore[union-attr]
+                buffers = status.report.buffers
                 assert buffers.free_bytes == buffers.total_bytes
 
 

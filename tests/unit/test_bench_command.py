@@ -30,7 +30,10 @@ def test_a_flag_alone_does_not_take_the_next_word() -> None:
         (["--name=a", "--bs=12q"], "kvbench run: error: --bs=12q: a size is"),
         (["--name=a", "--trials=0"], "--trials=0: must be a whole number from 1 to 1000"),
         (["--name=a", "--output-format=xml"], "--output-format=xml: must be normal or json"),
-        (["nowhere.ini"], "JOBFILE=nowhere.ini: no such file; ours are limits.ini, small.ini"),
+        (
+            ["nowhere.ini"],
+            "JOBFILE=nowhere.ini: no such file; ours are limits.ini, shm.ini, small.ini",
+        ),
         (["--name=a", "--output=/nowhere/a"], "--output=/nowhere/a: there is no folder /nowhere"),
         (["limits.ini", "--section=kv"], "section=kv: there are raw, kv-read, kv-write"),
         ([], "give a job file, or --name=NAME"),

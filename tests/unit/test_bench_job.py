@@ -7,6 +7,7 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore_bench.job import (
     OPTIONS,
+    TRANSPORTS,
     Assignment,
     Job,
     JobError,
@@ -14,6 +15,7 @@ from kvstore_bench.job import (
     parse_duration_s,
 )
 from kvstore_bench.jobfile import assemble, groups
+from kvstore_client import transports
 from tests.support.tree import ROOT
 
 FILE = """
@@ -89,7 +91,15 @@ def test_stonewall_begins_a_group() -> None:
         ({"size": "1m"}, r"size=1m: must hold one I/O: bs \* batch = 16MiB"),
         ({"layers": "3"}, r"layers=3: must divide bs"),
         ({"endpoint": "localhost"}, r"endpoint=localhost: must be one of tcp"),
-        ({"path": "relay"}, r"path=relay: must be direct"),
+        ({"path": "detour"}, r"path=detour: must be direct or relay or agent"),
+        ({"transport": "udp"}, r"transport=udp: must be auto or tcp or unix or shm or rdma"),
+        ({"path": "relay", "transport": "shm"}, r"transport=shm: path=relay goes by tcp or rdma"),
+        ({"path": "relay", "transport": "unix"}, r"transport=unix: path=relay goes by tcp or rdma"),
+        ({"path": "agent", "transport": "tcp"}, r"transport=tcp: path=agent goes by unix or shm"),
+        ({"path": "agent", "transport": "rdma"}, r"transport=rdma: path=agent goes by unix or shm"),
+        ({"path": "relay", "rw": "randrw"}, r"rw=randrw: path=relay carries reads only"),
+        ({"path": "relay", "rw": "write"}, r"rw=write: path=relay carries reads only"),
+        ({"verify_checksums": "no"}, r"verify_checksums=no: must be 0 or 1"),
         ({"ack": "synced"}, r"ack=synced: must be memory"),
         ({"order": "random"}, r"order=random: must be block or layer"),
         ({"deadline": "0"}, r"deadline=0: must be above 0"),
@@ -156,7 +166,47 @@ def test_every_option_is_a_field_and_every_field_an_option() -> None:
     assert set(OPTIONS) == fields
 
 
-@pytest.mark.parametrize("name", ["limits.ini", "small.ini"])
+def test_transports_are_those_of_the_client() -> None:
+    assert transports.TRANSPORTS == TRANSPORTS
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "tcp"),
+        ({"path": "relay"}, "tcp"),
+        ({"path": "agent"}, "auto"),
+        ({"endpoint": "tcp://10.0.0.7:1"}, "auto"),
+        ({"transport": "shm"}, "shm"),
+        ({"transport": "tcp", "endpoint": "tcp://10.0.0.7:1"}, "tcp"),
+    ],
+)
+def test_without_a_word_a_daemon_of_the_job_is_reached_by_tcp(
+    options: dict[str, str], expected: str
+) -> None:
+    assert job(**options).client_transport == expected
+
+
+@pytest.mark.parametrize("engine", ["raw", "null"])
+def test_a_global_transport_does_not_concern_engines_without_one(engine: str) -> None:
+    assert job(ioengine=engine, rw="write", path="relay", transport="shm").transport == "shm"
+
+
+def test_shm_compares_equal_streams_of_every_kind() -> None:
+    path = ROOT / "bench" / "jobs" / "shm.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert [(one.name, one.transport) for one in jobs] == [
+        ("raw", "auto"),
+        ("kv-tcp", "tcp"),
+        ("kv-unix", "unix"),
+        ("kv-shm", "shm"),
+    ]
+    assert len({(one.bs, one.batch, one.iodepth, one.numjobs, one.size) for one in jobs}) == 1
+    assert all(one.verify_checksums and one.rw == "read" for one in jobs)
+    assert len(groups(jobs)) == 4
+
+
+@pytest.mark.parametrize("name", ["limits.ini", "shm.ini", "small.ini"])
 def test_our_own_job_files_are_right(name: str) -> None:
     path = ROOT / "bench" / "jobs" / name
     assert assemble([(name, path.read_text())], [])

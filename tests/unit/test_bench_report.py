@@ -142,6 +142,43 @@ def test_text_has_fios_shape() -> None:
     assert "write:" not in text
 
 
+def travelled(
+    found: Totals, direction: str, transports: dict[str, int], paths: dict[str, int]
+) -> Totals:
+    one = getattr(found, direction)
+    one = msgspec.structs.replace(one, transports=transports, paths=paths)
+    return msgspec.structs.replace(found, **{direction: one})
+
+
+def test_what_moved_the_bytes_is_named() -> None:
+    clones = [travelled(clone(reads=64), "read", {"shm": GIB}, {"direct": GIB})] * 2
+    found = result(clones=clones)
+    text = as_text([found], 1)
+    assert "\n  transport    : shm=2GiB\n" in text
+    assert "\n  path " not in text
+    job = as_json([found], 0.0, {}, bins=False)["jobs"][0]
+    assert job["read"]["transports"] == {"shm": 2 * GIB}
+    assert job["read"]["paths"] == {"direct": 2 * GIB}
+    assert job["write"]["transports"] == {}
+
+
+def test_what_moved_reads_and_writes_is_told_apart() -> None:
+    both = msgspec.structs.replace(clone(reads=64), write=direction(8))
+    both = travelled(both, "read", {"tcp": GIB, "unix": MIB}, {"relay": GIB, "direct": MIB})
+    both = travelled(both, "write", {"tcp": MIB}, {"direct": MIB})
+    text = as_text([result(clones=[both])], 1)
+    assert "\n  transport    : read tcp=1GiB, unix=1MiB; write tcp=1MiB\n" in text
+    assert "\n  path         : read direct=1MiB, relay=1GiB; write direct=1MiB\n" in text
+
+
+def test_the_summary_names_what_moved_the_bytes() -> None:
+    shared = travelled(clone(reads=64), "read", {"shm": GIB}, {"direct": GIB})
+    mixed = travelled(shared, "write", {"unix": 1}, {"direct": 1})
+    (entry,) = summarize([result(trial=1, clones=[shared]), result(trial=2, clones=[mixed])])
+    assert entry["transports"] == ["shm", "unix"]
+    assert "kv-read  shm+unix  " in summary_text([entry])
+
+
 def test_ios_that_lack_blocks_are_shown() -> None:
     short = msgspec.structs.replace(clone(reads=64), read=direction(64, short=3))
     assert "short: 3 of 64 I/Os lack blocks" in as_text([result(clones=[short])], 1)
@@ -164,6 +201,13 @@ def test_bandwidth_has_both_prefixes(rate: float, text: str) -> None:
 def test_a_job_is_described_before_it_runs() -> None:
     line = describe(Job(name="a", bs=4096, numjobs=2), 3)
     assert line == "a: (g=3): rw=read, bs=4KiB, batch=16, ioengine=kv, iodepth=2, numjobs=2"
+
+
+def test_the_way_of_a_job_is_described_where_it_is_not_the_usual_one() -> None:
+    job = Job(name="a", path="agent", transport="shm", verify_checksums=False)
+    assert "iodepth=2, path=agent, transport=shm, verify_checksums=0" in describe(job, 0)
+    raw = Job(name="a", ioengine="raw", transport="shm")
+    assert "transport" not in describe(raw, 0)
 
 
 def trials(raw: list[int], read: list[int]) -> list[JobResult]:

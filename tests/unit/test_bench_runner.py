@@ -11,9 +11,10 @@ import pytest
 from kvstore_bench.engines.base import Completion, OnStep, SlotEngine, Task
 from kvstore_bench.engines.null import NullEngine
 from kvstore_bench.job import Job
-from kvstore_bench.meter import Meter
+from kvstore_bench.jobservers import AGENT_BYTES_MIN, agent_bytes, arena_bytes, listen_uri
+from kvstore_bench.meter import Meter, Travelled
 from kvstore_bench.progress import ProgressLine, Quiet
-from kvstore_bench.runner import Gate, arena_bytes
+from kvstore_bench.runner import Gate
 from kvstore_bench.worker import Progress, Step
 from kvstore_bench.workload import Operation, Workload
 
@@ -81,6 +82,26 @@ async def test_blocks_that_are_missing_do_not_count_as_bytes() -> None:
 
 
 @pytest.mark.asyncio
+async def test_how_the_bytes_of_ios_travelled_adds_up() -> None:
+    runs = [Travelled("relay", "tcp", 4096), Travelled("direct", "shm", 100)]
+    first = Completion([True, True], ["hit", "hit"], "", runs)
+    then = Completion([True, True], ["hit", "hit"], "", runs[:1])
+    totals = (await run(ScriptedEngine(small_job(), [first, then]))).totals()
+    assert totals.read.transports == {"tcp": 40960, "shm": 100}
+    assert totals.read.paths == {"relay": 40960, "direct": 100}
+    assert totals.write.transports == totals.write.paths == {}
+
+
+@pytest.mark.asyncio
+async def test_how_the_bytes_of_the_ramp_travelled_does_not_count() -> None:
+    travelled = Completion([True, True], ["hit", "hit"], "", [Travelled("direct", "tcp", 1)])
+    ended = Completion([True, True], ["hit", "hit"], "over", [Travelled("direct", "tcp", 1)])
+    job = small_job(ramp_time=3600.0, iodepth=1)
+    totals = (await run(ScriptedEngine(job, [travelled, ended]))).totals()
+    assert totals.read.transports == {}
+
+
+@pytest.mark.asyncio
 async def test_an_error_ends_the_job() -> None:
     meter = await run(ScriptedEngine(small_job(iodepth=1), [GOOD, FAILED, GOOD]))
     assert meter.error == "read: 2 of 2 blocks TIMEOUT"
@@ -110,6 +131,27 @@ def test_a_reading_job_gets_an_arena_that_holds_all_of_it() -> None:
 
 def test_a_writing_job_gets_an_arena_of_size_so_that_it_evicts() -> None:
     assert arena_bytes(Job(name="a", rw="write", size=64 * MIB)) == 64 * MIB
+
+
+def test_an_agent_gets_memory_for_what_is_under_way_and_no_more() -> None:
+    job = Job(name="a", size=512 * MIB, iodepth=2, path="agent")
+    assert agent_bytes(job) == 3 * 16 * MIB
+    assert agent_bytes(Job(name="a", size=512 * MIB, iodepth=2, numjobs=4)) == 9 * 16 * MIB
+    assert agent_bytes(Job(name="a", bs=512, batch=1)) == AGENT_BYTES_MIN
+
+
+@pytest.mark.parametrize(
+    ("transport", "uri"),
+    [
+        ("auto", "tcp://127.0.0.1:0"),
+        ("tcp", "tcp://127.0.0.1:0"),
+        ("rdma", "rdma://127.0.0.1:0"),
+        ("unix", "unix:///run/x/kvstored"),
+        ("shm", "unix:///run/x/kvstored"),
+    ],
+)
+def test_servers_listen_where_the_transport_is_offered(transport: str, uri: str) -> None:
+    assert listen_uri(Job(name="a", transport=transport), "/run/x", "kvstored") == uri
 
 
 def test_small_blocks_take_a_page_each() -> None:

@@ -31,6 +31,7 @@ def test_defaults() -> None:
         endpoints=(parse_endpoint("tcp://127.0.0.1:7450"),),
         memory_bytes=GIB,
         node_id="host:7450",
+        pool="",
         pool_capacities={},
         drain_s=30.0,
         insecure=False,
@@ -41,13 +42,19 @@ def test_defaults() -> None:
 
 def test_everything_can_be_chosen() -> None:
     assert parse(
-        *("--listen", "tcp://[::1]:0", "--listen", "unix:///run/kv.sock"),
+        *("--listen", "tcp://[::1]:0", "--listen", "unix:///run/kv.sock", "--pool", "a"),
+        *("--listen", "rdma://10.0.0.1:7451?device=mlx5_0:1,mlx5_1&gid_index=3"),
         *("--memory", "512M", "--node-id", "kv-1", "--drain", "0.5", "--insecure"),
         *("--pool-capacity", "a=64MiB", "--pool-capacity=b.c=1g", "--log-level=debug"),
     ) == Config(
-        endpoints=(parse_endpoint("tcp://[::1]:0"), parse_endpoint("unix:///run/kv.sock")),
+        endpoints=(
+            parse_endpoint("tcp://[::1]:0"),
+            parse_endpoint("unix:///run/kv.sock"),
+            parse_endpoint("rdma://10.0.0.1:7451?device=mlx5_0:1,mlx5_1&gid_index=3"),
+        ),
         memory_bytes=512 * MIB,
         node_id="kv-1",
+        pool="a",
         pool_capacities={"a": 64 * MIB, "b.c": GIB},
         drain_s=0.5,
         insecure=True,
@@ -76,7 +83,7 @@ def test_several_ports_of_the_systems_choice_are_no_repetition() -> None:
     ("arguments", "option", "remedy"),
     [
         (["--listen", "7450"], "--listen", "must be one of tcp://HOST:PORT"),
-        (["--listen", "rdma://127.0.0.1:1"], "--listen", "scheme must be one of tcp, unix"),
+        (["--listen", "quic://127.0.0.1:1"], "--listen", "must be one of tcp://HOST:PORT"),
         (["--listen", "tcp://127.0.0.1:1"] * 2, "--listen", "must be given once"),
         (["--listen", "unix:///a"] * 2, "--listen", "must be given once"),
         (["--listen", "tcp://127.0.0.1:0"] * (LISTENERS_MAX + 1), "--listen", "at most 16"),

@@ -10,7 +10,7 @@ import msgspec
 
 from kvstore.errors import KVStoreError
 from kvstore_bench.job import Job
-from kvstore_bench.meter import Meter, clock_ns
+from kvstore_bench.meter import Meter, Travelled, clock_ns
 from kvstore_bench.workload import Operation, Workload
 
 #: Told (what is done now, how much of it, of how much) while a job is set up.
@@ -27,8 +27,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         clone: Its number, from 0.
         run: Unique to this run, so that its keys are fresh.
-        endpoints: Daemons; empty where the engine needs none.
-        server_pids: Their processes, if they are ours.
+        endpoints: Daemons, or the agent of our node; empty where the engine needs none.
+        relays: Agents of other nodes, by which all that is read is to come.
+        server_pids: Processes of all of them, if they are ours.
         keep: Whether what was stored may stay, because the daemons end anyway.
     """
 
@@ -36,6 +37,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     clone: int = 0
     run: str = ""
     endpoints: tuple[str, ...] = ()
+    relays: tuple[str, ...] = ()
     server_pids: tuple[int, ...] = ()
     keep: bool = True
 
@@ -47,11 +49,13 @@ class Completion(msgspec.Struct, frozen=True):
         good: For each block, whether it was read and is right, or was stored.
         outcomes: The outcome of each block, as a word.
         error: Why the job should not go on; empty otherwise.
+        travelled: How its bytes came or went.
     """
 
     good: Sequence[bool]
     outcomes: Sequence[str]
     error: str = ""
+    travelled: Sequence[Travelled] = ()
 
 
 class Engine(ABC):
@@ -140,6 +144,7 @@ class SlotEngine(Engine):
                 short = good_count < batch
                 meter.completed(operation.is_read, times, good_count * bs, short)
                 meter.outcomes.update(done.outcomes)
+                meter.travelled(operation.is_read, done.travelled)
             meter.seen(operation.is_read, good_count * bs, ended)
             if operation.is_read and verify:
                 meter.checked_blocks += good_count

@@ -1,8 +1,9 @@
 """The engine `kv`: the client library against daemons, as an inference engine would use it.
 
-An I/O is one fetch or one put of `batch` blocks that form a prefix. Reads are verified by the
-client against the checksums of the writer; that cannot be turned off and is part of `clat`.
-The memory of an I/O is reused as soon as its handle is quiet.
+An I/O is one fetch or one put of `batch` blocks that form a prefix. Reads are verified against the
+checksums of the writer, by the client or, in memory that it shares, by who wrote into it; that is
+part of `clat`. The memory of an I/O is reused as soon as its handle is quiet. Bytes that come by
+another transport than the job asks for end it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from kvstore.layout import Layout
 from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore_bench.engines.base import Completion, JobFailed, OnStep, SlotEngine, Task
 from kvstore_bench.job import Job
-from kvstore_bench.meter import Meter
+from kvstore_bench.meter import Meter, Travelled
+from kvstore_bench.relayed import POLICY, relay_all
 from kvstore_bench.workload import Contents, Keys, Operation, Words, Workload
-from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace
+from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace, Run
 
 POOL = "kvbench"
 # The working set is stored with this many puts under way, whatever iodepth is.
 PRELOAD_DEPTH_MAX = 4
 # Deletes under way at once, so that a daemon that others use too is not held up.
 DELETES_MAX = 8
+# With these the client hands its memory to peers.
+SHARING_TRANSPORTS = ("auto", "shm", "rdma")
 
 _FETCH_WORDS = {outcome: outcome.name.lower() for outcome in FetchOutcome}
 _PUT_WORDS = {outcome: outcome.name.lower() for outcome in PutOutcome}
@@ -54,6 +58,10 @@ class KvEngine(SlotEngine):
             list(task.endpoints),
             node_id=f"kvbench-{job.name}-{task.clone}"[:64],
             deadline_s=job.deadline,
+            relays=task.relays,
+            policy=POLICY,
+            transport=job.client_transport,
+            verify=job.verify_checksums,
         )
         self._keys = Keys(task.run, job, task.clone)
         self._contents = Contents(job.bs, job.batch, job.randseed)
@@ -68,24 +76,36 @@ class KvEngine(SlotEngine):
 
     async def open(self, workload: Workload, on_step: OnStep) -> None:
         """Touch the memory, connect, store the working set."""
-        job = self.job
-        io_bytes = job.io_bytes
-        region = Region(job.iodepth * io_bytes, "kvbench")
-        region.touch()
-        self._slots = [region.view[n * io_bytes : (n + 1) * io_bytes] for n in range(job.iodepth)]
-        self._words = [self._contents.words(slot) for slot in self._slots]
-        for words in self._words:
-            self._contents.fill(words)
-        await self._client.start()
+        job, client = self.job, self._client
+        size_bytes = job.iodepth * job.io_bytes
+        shares = job.client_transport in SHARING_TRANSPORTS
+        if not shares:
+            region = Region(size_bytes, "kvbench")
+            region.touch()
+            self._lay_out(region.view)
+        await client.start()
         self._opened = True
         try:
-            for endpoint, status in (await self._client.status()).items():
+            for endpoint, status in (await client.status()).items():
                 if isinstance(status, Exception):
                     raise JobFailed(f"{endpoint}: {status}")
-            self._namespace = await self._client.open_namespace(POOL, layout(job))
+            if self.task.relays:
+                relay_all(client)
+            if shares:
+                self._lay_out((await client.allocate(size_bytes)).view)
+            self._namespace = await client.open_namespace(POOL, layout(job))
         except KVStoreError as error:
             raise JobFailed(str(error)) from error
         await self._preload(workload.preload_count, on_step)
+
+    def _lay_out(self, memory: memoryview) -> None:
+        io_bytes = self.job.io_bytes
+        self._slots = [
+            memory[at : at + io_bytes] for at in range(0, self.job.iodepth * io_bytes, io_bytes)
+        ]
+        self._words = [self._contents.words(slot) for slot in self._slots]
+        for words in self._words:
+            self._contents.fill(words)
 
     async def close(self) -> None:
         """Disconnect."""
@@ -133,23 +153,32 @@ class KvEngine(SlotEngine):
 
     async def _fetched(self, handle: AsyncFetchHandle) -> Completion:
         result = await handle
+        travelled, wrong = self._travelled(result.runs)
         if result.ok:
-            return Completion(self._whole, self._hit)
+            return Completion(self._whole, self._hit, wrong, travelled)
         return Completion(
             [outcome == FetchOutcome.HIT for outcome in result.outcomes],
             [_FETCH_WORDS[outcome] for outcome in result.outcomes],
-            _complaint("read", result.outcomes, _FETCH_ERRORS, result.errors),
+            _complaint("read", result.outcomes, _FETCH_ERRORS, result.errors) or wrong,
+            travelled,
         )
 
     async def _put(self, handle: AsyncPutHandle) -> Completion:
         result = await handle
+        travelled, wrong = self._travelled(result.runs)
         if result.outcomes.count(PutOutcome.STORED) == len(result.outcomes):
-            return Completion(self._whole, self._stored)
+            return Completion(self._whole, self._stored, wrong, travelled)
         return Completion(
             [outcome == PutOutcome.STORED for outcome in result.outcomes],
             [_PUT_WORDS[outcome] for outcome in result.outcomes],
-            _complaint("write", result.outcomes, _PUT_ERRORS, result.errors),
+            _complaint("write", result.outcomes, _PUT_ERRORS, result.errors) or wrong,
+            travelled,
         )
+
+    def _travelled(self, runs: Sequence[Run]) -> tuple[Sequence[Travelled], str]:
+        """How the bytes of an I/O came or went, and what is wrong with that."""
+        travelled = [Travelled(run.path, run.transport, run.bytes) for run in runs if run.bytes]
+        return travelled, unasked(self.job.transport, travelled)
 
     # --- before and after ------------------------------------------------------------------
 
@@ -164,6 +193,8 @@ class KvEngine(SlotEngine):
                 self.prepare(slot, operation)
                 completion = await self.submit(slot, operation)
                 await self.release(slot)
+                if completion.error and all(completion.good):
+                    raise JobFailed(f"the working set: {completion.error}")
                 if not all(completion.good):
                     raise JobFailed(
                         f"the working set cannot be stored: block {number * self.job.batch} and"
@@ -202,6 +233,17 @@ class KvEngine(SlotEngine):
             ]
             await asyncio.gather(*deletes, return_exceptions=True)
             on_step("remove blocks", last * self.job.io_bytes, io_count * self.job.io_bytes)
+
+
+def unasked(transport: str, travelled: Sequence[Travelled]) -> str:
+    """Why bytes that came like that are not those of a job that asks for a transport; empty if
+    they are."""
+    if transport == "auto":
+        return ""
+    others = sorted({run.transport for run in travelled} - {transport})
+    if not others:
+        return ""
+    return f"bytes travelled by {', '.join(others)}: transport={transport} was asked for"
 
 
 def _complaint(

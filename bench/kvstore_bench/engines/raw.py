@@ -61,6 +61,8 @@ class RawEngine(Engine):
         except OSError as error:
             meter.error = f"raw: {error}"
         meter.finish()
+        direction = meter.read if self._job.reads else meter.write
+        direction.transports["tcp"] = direction.bytes
 
     async def close(self) -> None:
         """Hang up; the peer ends by itself."""

@@ -37,7 +37,8 @@ class Agent:
 
     Args:
         memory: For blocks: writable, and touched before. Borrowed until `stop` has returned;
-            without it the agent makes some itself, as large as the options say.
+            without it the agent makes some itself, as large as the options say. Only a region
+            can be mapped by engines, or handed to a daemon on this host.
 
     Attributes:
         source: What is served.
@@ -48,7 +49,7 @@ class Agent:
         ConfigError: Names the option that cannot be.
     """
 
-    def __init__(self, options: AgentOptions, memory: memoryview | None = None) -> None:
+    def __init__(self, options: AgentOptions, memory: Region | memoryview | None = None) -> None:
         endpoints = check_options(options)
         self.options = options
         self.cluster = Cluster(
@@ -61,14 +62,15 @@ class Agent:
                 relays=tuple(str(endpoint) for endpoint in endpoints.relays),
                 policy=Policy(options.policy),
                 role=Role.AGENT,
+                transport=options.transport,
             ),
         )
         self._counter: InterfaceCounter | None = None
         self._region: Region | None = None
         if memory is None:
-            self._region = Region(options.memory_bytes, "kvagent-pool")
-            memory = self._region.view
-        pool = WatchedPool(memory)
+            memory = self._region = Region(options.memory_bytes, "kvagent-pool")
+        self._memory = memory
+        pool = WatchedPool(memory.view if isinstance(memory, Region) else memory)
         self.source = AgentSource(self.cluster, pool, options.pool_readers, options.verify_relayed)
         self.server = Server(
             self.source,
@@ -76,10 +78,12 @@ class Agent:
             ServerOptions(
                 node_id=options.node_id,
                 role=Role.AGENT,
+                pool=options.pool,
                 drain_s=options.drain_s,
                 insecure=options.insecure,
             ),
             Marking(options.priority, options.dscp),
+            memory=memory,
         )
 
     @property
@@ -103,6 +107,13 @@ class Agent:
             if self._region is not None:
                 # Seconds for a large one, in which an engine's loop has other things to do.
                 await asyncio.to_thread(self._region.touch)
+            # So that daemons, and other nodes' agents, write into it by themselves. Memory that
+            # engines map is sealed: no other process can map it for writing any more.
+            if isinstance(self._memory, Region) and not self.options.pool:
+                self.cluster.regions.adopt(self._memory)
+            else:
+                view = self._memory.view if isinstance(self._memory, Region) else self._memory
+                self.cluster.regions.register(view)
             await self.cluster.start()
             self.source.start(self._pacer())
             await self.server.start()

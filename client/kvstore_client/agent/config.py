@@ -25,6 +25,7 @@ from kvstore.units import format_size_bytes, parse_size_bytes
 from kvstore_client.agent.options import LISTEN, MEMORY_BYTES, AgentOptions, check_options
 from kvstore_client.placement import OWNERS_MAX
 from kvstore_client.selector import Policy
+from kvstore_client.transports import AUTO, TRANSPORTS
 
 PROGRAM = "kvagent"
 # As the only value of --listen.
@@ -70,6 +71,8 @@ NAMES = {
     "interface": "--interface",
     "priority": "--priority",
     "dscp": "--dscp",
+    "pool": "--pool",
+    "transport": "--transport",
     "pool_readers": "--pool-readers",
     "drain_s": "--drain",
     "insecure": "--insecure",
@@ -116,6 +119,8 @@ def parse_config(arguments: Sequence[str], host_name: str, process_id: int) -> C
         interface=given.interface,
         priority=_whole(given.priority, "--priority"),
         dscp=_whole(given.dscp, "--dscp"),
+        pool=given.pool,
+        transport=given.transport,
         pool_readers=_pool_readers(given.pool_readers),
         drain_s=check_drain_s(parse_number(given.drain), "--drain", given.drain),
         insecure=given.insecure,
@@ -151,6 +156,19 @@ def _parser() -> argparse.ArgumentParser:
         default="1",
         help=f"daemons that get each block, 1 to {OWNERS_MAX} (default %(default)s)",
     )
+    parser.add_argument(
+        "--pool",
+        metavar="NAME",
+        default="",
+        help="serve this pool and no other; then engines on this node may map the memory by the"
+        " unix socket, and read blocks where they lie (default: any pool, and nobody maps it)",
+    )
+    parser.add_argument(
+        "--transport",
+        default=AUTO,
+        help="what moves blocks from storage and other nodes to here: auto takes the best that a"
+        f" peer offers, {', '.join(TRANSPORTS[1:])} nothing else (default %(default)s)",
+    )
     _add_relaying(parser)
     parser.add_process_options()
     return parser
@@ -162,14 +180,15 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         action="append",
         default=[],
-        help="a daemon, tcp://HOST:PORT or unix:///PATH; give them all, written as everywhere"
-        " else: their names decide where blocks lie",
+        help="a daemon, tcp://HOST:PORT, rdma://HOST:PORT[?device=NAME] or unix:///PATH; give"
+        " them all, written as everywhere else: their names decide where blocks lie",
     )
     parser.add_argument(
         "--listen",
         metavar="URI",
         action="append",
-        help="where other nodes come, tcp://HOST:PORT; may be given several times; "
+        help="where other nodes come, tcp://HOST:PORT or rdma://HOST:PORT[?device=NAME]; may be"
+        " given several times; "
         f"{NOWHERE}: nowhere (default {LISTEN})",
     )
     parser.add_argument(
@@ -183,8 +202,8 @@ def _add_addresses(parser: argparse.ArgumentParser) -> None:
         metavar="URI",
         action="append",
         default=[],
-        help="agent of another node that may relay for loads of this one, tcp://HOST:PORT; may"
-        " be given several times (default: none, all loads go straight)",
+        help="agent of another node that may relay for loads of this one, tcp://HOST:PORT or"
+        " rdma://HOST:PORT; may be given several times (default: none, all loads go straight)",
     )
 
 

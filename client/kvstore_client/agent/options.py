@@ -23,6 +23,7 @@ from kvstore.transport.marking import DSCP_MAX, PRIORITY_MAX, RELAY_MARKING
 from kvstore.units import format_size_bytes
 from kvstore_client.placement import OWNERS_MAX
 from kvstore_client.selector import Policy
+from kvstore_client.transports import AUTO, TRANSPORTS
 
 PORT = 7460
 # Off loopback anyone who can reach the port could read: that has to be asked for.
@@ -48,8 +49,8 @@ INTERFACE_BYTES_MAX = 15
 # Addresses that no single interface has.
 EVERYWHERE = ("0.0.0.0", "::")
 
-_STORAGE_SCHEMES = ("tcp", "unix")
-_NODE_SCHEMES = ("tcp",)
+_STORAGE_SCHEMES = ("tcp", "unix", "rdma")
+_NODE_SCHEMES = ("tcp", "rdma")
 
 
 class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +75,9 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
             nodes yields to whatever else uses it. 0: it is not known, and nothing yields.
         interface: Name of that interface; "" for the one that has the address of `listen`.
         priority, dscp: Marks of what is sent to other nodes; see `kvstore.transport.marking`.
+        pool: The only pool that is served, "" for any. With it engines of this node may map the
+            memory, and read blocks where they lie.
+        transport: What is to move payload from storage and other nodes; see `AsyncClient`.
         pool_readers: Node ids that may read a pool through this agent, by name of the pool; a
             pool that is not named may be read by any.
         deadline_s: Of requests to storage that do not say otherwise.
@@ -97,6 +101,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     interface: str = ""
     priority: int = RELAY_MARKING.priority
     dscp: int = RELAY_MARKING.dscp
+    pool: str = ""
+    transport: str = AUTO
     pool_readers: dict[str, frozenset[str]] = {}
     deadline_s: float = DEADLINE_S
     connect_timeout_s: float = 1.0
@@ -180,7 +186,7 @@ class _Check:
         relays = check_endpoints(options.relays, name("relays"), _NODE_SCHEMES, RELAYS_MAX)
         for field, others in (("storage", storage), ("relays", relays)):
             for endpoint in others:
-                if endpoint.scheme == "tcp" and not endpoint.port:
+                if endpoint.scheme != "unix" and not endpoint.port:
                     raise self.error(field, "needs a port from 1 to 65535", endpoint)
         for endpoint in relays:
             if endpoint in listen:
@@ -224,6 +230,10 @@ class _Check:
             if rate and rate < RATE_BYTES_MIN:
                 remedy = f"must be 0, for none, or at least {RATE_BYTES_MIN} bytes/s (2Mbit/s)"
                 raise self.error(field, remedy)
+        if options.pool:
+            check_pool_name(options.pool, name("pool"), options.pool)
+        if options.transport not in TRANSPORTS:
+            raise self.error("transport", f"must be one of {', '.join(TRANSPORTS)}")
         self.interface()
         self.readers()
         if not 0 < options.deadline_s <= DEADLINE_MS_MAX / 1e3:

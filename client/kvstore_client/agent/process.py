@@ -48,7 +48,7 @@ def _run(config: Config) -> None:
     options = config.agent
     endpoints = check_options(options, NAMES)
     region = allocate(options.memory_bytes, "kvagent-pool")
-    agent = Agent(options, memory=region.view)
+    agent = Agent(options, memory=region)
     others = CONNECTIONS_A_NODE * (len(endpoints.storage) + len(endpoints.relays))
     clients = ServerOptions(node_id=options.node_id).connections_max + REFUSALS_MAX
     raise_descriptor_limit(clients + others + DESCRIPTORS_BESIDE)

@@ -1,0 +1,329 @@
+"""Memory that a daemon may write into: when it is its owner's again, whatever breaks.
+
+Rule: once a handle is quiet nobody writes there. So each test stains the memory then, lets the
+other side go on, and looks whether the stain has stayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvstore.errors import TransportError
+from kvstore.messages import FetchOutcome, PutOutcome
+from kvstore.protocol.copying import CopyPuller
+from kvstore_client import AsyncClient, Namespace, Region
+from tests.support.cluster import (
+    BLOCK_BYTES,
+    MIB,
+    Node,
+    chain,
+    connected,
+    contents,
+    fetch_blocks,
+    open_pool,
+    serve,
+    store_blocks,
+    until,
+)
+from tests.support.engine import key
+from tests.support.memorypeer import MemoryPeer, descriptors, mappings, memfd, refused
+from tests.support.processes import Daemon, daemon
+from tests.support.tree import ROOT
+
+HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
+STAIN = 0xA5
+COUNT = 8
+KEYS = chain(COUNT)
+SIZE = COUNT * BLOCK_BYTES
+NAME = "kvstore-region"
+
+
+@asynccontextmanager
+async def node_and_client(
+    tmp_path: Path, **options: object
+) -> AsyncIterator[tuple[Node, AsyncClient, Namespace]]:
+    """A daemon that holds blocks, and a client on its host."""
+    async with serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB, **options) as (node,):
+        async with connected([node], transport="shm") as client:
+            namespace = await open_pool(client)
+            await store_blocks(client, namespace, KEYS)
+            yield node, client, namespace
+    assert not mapped()
+
+
+def mapped() -> list[str]:
+    """Memory of clients that is mapped here, by a client or a daemon."""
+    gc.collect()  # handles and their jobs know each other
+    return mappings("self", NAME)
+
+
+def stain(region: Region) -> bytes:
+    """Write over memory that is ours again; how it must stay."""
+    region.view[:] = bytes([STAIN]) * region.size_bytes
+    return bytes(region.view)
+
+
+def blocks_of(region: Region) -> list[memoryview]:
+    """The blocks that fit into a region."""
+    view = region.view
+    return [view[at : at + BLOCK_BYTES] for at in range(0, len(view), BLOCK_BYTES)]
+
+
+# --- the daemon is in this process: it stands where the test wants --------------------------
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", ["deadline", "cancel"])
+@pytest.mark.parametrize("order", ["block", "layer"])
+@pytest.mark.parametrize(("chunks", "chunk_bytes"), [(1, 1), (2, 5000), (3, BLOCK_BYTES)])
+async def test_nothing_is_written_after_a_fetch_that_was_given_up(
+    tmp_path: Path, chunks: int, chunk_bytes: int, order: str, end: str
+) -> None:
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        node.gate.chunks_left, node.gate.chunk_bytes = chunks, chunk_bytes
+        deadline_s = 0.05 if end == "deadline" else 600
+        handle = client.fetch(namespace, KEYS, region.view, order=order, deadline_s=deadline_s)
+        await until(lambda: node.gate.given == chunks and not node.gate.chunks_left)
+        if end == "cancel":
+            handle.cancel()
+            assert handle.poll()
+        result = await handle
+        await handle.quiesced()
+        assert region.users == 0
+        last = TIMEOUT if end == "deadline" else UNAVAILABLE
+        assert set(result.outcomes) <= {HIT, last}
+        assert last in result.outcomes
+        clean = stain(region)
+        node.gate.open()
+        assert (await fetch_blocks(client, namespace, KEYS)).ok
+        assert bytes(region.view) == clean
+        # The connection was not given up.
+        assert node.counter("connections_accepted") == 3
+        await client.free(region)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("breaks", ["server", "client", "killed"])
+async def test_nothing_is_written_after_a_lost_link(tmp_path: Path, breaks: str) -> None:
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        node.gate.chunks_left, node.gate.chunk_bytes = 2, BLOCK_BYTES
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+        await until(lambda: node.gate.given == 2)
+        (link,) = client.cluster._links
+        if breaks == "server":
+            for connection in list(node.server.connections):
+                connection.connection.close(TransportError("cut by the test"))
+        elif breaks == "client":
+            link._take_down(TransportError("cut by the test"))
+        else:
+            await node.kill()
+        result = await handle
+        await handle.quiesced()
+        assert UNAVAILABLE in result.outcomes
+        clean = stain(region)
+        node.gate.open()
+        if breaks == "killed":
+            await node.start(fresh=False)
+        await until(lambda: link.up)
+        assert (await fetch_blocks(client, namespace, KEYS)).ok
+        assert bytes(region.view) == clean
+        # All regions are there again.
+        handle = client.fetch(namespace, KEYS, region.view)
+        again = await handle
+        await handle.quiesced()
+        assert [run.transport for run in again.runs] == ["shm"]
+        assert region.view == b"".join(contents(KEYS))
+
+
+@pytest.mark.asyncio
+async def test_closed_client_leaves_memory_that_nobody_writes_into(tmp_path: Path) -> None:
+    async with node_and_client(tmp_path) as (node, _, _):
+        client = AsyncClient(node.uri, transport="shm")
+        await client.start()
+        region = await client.allocate(SIZE)
+        view = region.view[:]
+        node.gate.chunks_left, node.gate.chunk_bytes = 2, BLOCK_BYTES
+        handle = client.fetch(await open_pool(client), KEYS, view, deadline_s=600)
+        await until(lambda: node.gate.given == 2)
+        await client.close()
+        assert handle.poll()
+        assert handle.quiet.done()
+        view[:] = bytes([STAIN]) * SIZE
+        node.gate.open()
+        await until(lambda: len(node.server.sessions) == 1)
+        assert bytes(view) == bytes([STAIN]) * SIZE
+        del view, region
+
+
+@pytest.mark.asyncio
+async def test_region_in_use_is_not_freed(tmp_path: Path) -> None:
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        node.gate.chunks_left = 0
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+        await until(lambda: node.gate._waiting)
+        with pytest.raises(Exception, match="in use by 1 requests: wait for `quiet`"):
+            await client.free(region)
+        node.gate.open()
+        await handle.quiesced()
+        del handle
+        await client.free(region)
+        assert not mapped()
+        with pytest.raises(Exception, match="was freed before"):
+            await client.free(region)
+
+
+@contextmanager
+def gated_pulling(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[int]]:
+    """Let pullers take so many blocks, and then nothing until the end."""
+    left, work = [count], CopyPuller.work
+
+    def some(puller: CopyPuller, bytes_max: int) -> int:
+        if not left[0]:
+            return 0
+        left[0] -= 1
+        return work(puller, 1)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CopyPuller, "work", some)
+        yield left
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", ["deadline", "cancel", "lost"])
+async def test_nothing_is_read_after_a_put_that_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    names = chain(COUNT, start=100)
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        region.view[:] = b"".join(contents(names))
+        with gated_pulling(monkeypatch, 1) as left:
+            deadline_s = 0.05 if end == "deadline" else 600
+            handle = client.put(namespace, names, region.view, deadline_s=deadline_s)
+            await until(lambda: not left[0])
+            if end == "cancel":
+                handle.cancel()
+            elif end == "lost":
+                client.cluster._links[0]._take_down(TransportError("cut by the test"))
+            result = await handle
+            await handle.quiesced()
+        stain(region)
+        outcomes = set(result.outcomes)
+        assert outcomes <= {PutOutcome.STORED, PutOutcome.TIMEOUT, PutOutcome.UNAVAILABLE}
+        await until(lambda: node.store.index.reserved_count == 0)
+        await until(lambda: client.cluster._links[0].up)
+        # What is stored is right: nothing of the stain came there.
+        found = await fetch_blocks(client, namespace, names)
+        assert found.hit_count <= 1
+        await client.free(region)
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["fetch", "put"])
+async def test_killed_client_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        command = [sys.executable, "-m", "tests.support.doomedmemory", node.uri, kind]
+        path = ":".join(map(str, (ROOT, ROOT / "client", ROOT / "daemon")))
+        node.gate.chunks_left, node.gate.chunk_bytes = 2, BLOCK_BYTES
+        if kind == "put":
+            assert (await client.delete(namespace, KEYS)) == [True] * COUNT
+        with gated_pulling(monkeypatch, 2) as left:
+            process = await asyncio.create_subprocess_exec(
+                *command, str(COUNT), env={**os.environ, "PYTHONPATH": path}
+            )
+            halted = (lambda: node.gate.given == 2) if kind == "fetch" else (lambda: not left[0])
+            await until(halted, f"half of a {kind} is done")
+            assert len(node.server.sessions) == 2
+            assert mappings("self", NAME)
+            gc.collect()
+            gc.disable()  # it is not left to chance when the memory goes
+            try:
+                process.kill()
+                await process.wait()
+                await until(lambda: len(node.server.sessions) == 1, "its session is gone")
+                await until(lambda: not mappings("self", NAME), "its memory is unmapped")
+            finally:
+                gc.enable()
+        await until(lambda: not node.store.index.reserved_count)
+        pinned = [slot for slot, pins in enumerate(node.store.index.pins) if slot and pins]
+        assert not pinned
+        # Nobody else notices.
+        node.gate.open()
+        await store_blocks(client, namespace, chain(3, start=50))
+        assert (await fetch_blocks(client, namespace, chain(3, start=50))).ok
+
+
+@pytest.mark.slow
+@pytest.mark.asyncio
+async def test_connects_leak_neither_descriptors_nor_memory(tmp_path: Path) -> None:
+    async with node_and_client(tmp_path) as (node, _, _):
+        before: list[str] = []
+        for number in range(200):
+            async with connected([node], transport="shm") as client:
+                namespace = await open_pool(client)
+                region = await client.allocate(SIZE)
+                handle = client.fetch(namespace, KEYS, region.view)
+                assert (await handle).ok
+                await handle.quiesced()
+                if number % 2:
+                    await client.free(region)
+                del region, handle
+            await until(lambda: len(node.server.sessions) == 1)
+            if number == 2:
+                assert not mapped()
+                before = descriptors("self")
+        assert not mapped()
+        await until(lambda: descriptors("self") == before, "all of it is closed")
+
+
+@pytest.mark.asyncio
+async def test_other_users_hand_nothing_over(tmp_path: Path) -> None:
+    listen = f"unix://{tmp_path}/s"
+    async with serve(listen=listen, memory_uids=frozenset()) as (node,):
+
+        def by_hand() -> None:
+            fd = memfd(SIZE)
+            with MemoryPeer(node.uri) as peer:
+                assert refused(peer.share(1, SIZE, fd), "by processes of the users []")
+            os.close(fd)
+
+        await asyncio.to_thread(by_hand)
+        async with connected([node]) as client:  # auto: the socket itself
+            namespace = await open_pool(client)
+            region = await client.allocate(BLOCK_BYTES)
+            result = await client.put(namespace, [key(1)], region.view)
+            assert result.outcomes == [PutOutcome.STORED]
+            assert [run.transport for run in result.runs] == ["unix"]
+        async with connected([node], transport="shm") as client:
+            (link,) = client.cluster._links
+            assert not link.up
+            assert "nothing else is to be used" in str(link.last_error)
+    assert not mappings("self", "foreign")
+
+
+# --- the daemon is a process ----------------------------------------------------------------
+
+LARGE = 96
+LARGE_KEYS = chain(LARGE)
+
+
+@contextmanager
+def kvstored(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon with room for large blocks."""
+    listen = ("--listen", f"unix://{tmp_path}/s", "--memory", "128MiB")
+    with daemon(*listen) as process:
+        yield process

@@ -1,0 +1,284 @@
+"""Fetches into shared memory and puts out of it, without a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, strategies as st
+
+from kvstore.blocksource import Chunk
+from kvstore.layout import Geometry, PieceMap
+from kvstore.messages import FetchOutcome
+from kvstore.protocol import copying
+from kvstore.protocol.copying import CopyPuller, CopySink, copy
+from kvstore.protocol.placing import Placed
+from kvstore.transfer import BlockMemory, FetchTransfer
+from kvstore.wire import FrameType, Header
+from tests.support.engine import key
+from tests.support.frames import MIB, NAMESPACE, Guarded, Store, StoreFetch
+
+HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
+LAYERS = (40, 24, 100)
+BLOCK = sum(LAYERS)
+KEYS = [key(number) for number in range(6)]
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store(*LAYERS)
+
+
+class Fetching:
+    """A sink, the memory that it writes into, and a reader who takes its news.
+
+    Attributes:
+        news: All that was told.
+        arrived, failed: What the reader made of it.
+    """
+
+    def __init__(
+        self, store: Store, pieces: PieceMap, keys: Sequence[bytes], layered: bool = False
+    ) -> None:
+        self.store, self.pieces, self.keys = store, pieces, keys
+        sizes = list(pieces.geometry.layer_bytes[pieces.layer_first : pieces.layer_last])
+        self.guards = [[Guarded(n) for n in (sizes if layered else [sum(sizes)])] for _ in keys]
+        memory: list[BlockMemory] = [
+            [guard.view for guard in guards] if layered else guards[0].view
+            for guards in self.guards
+        ]
+        self.news: list[Placed] = []
+        self.arrived: list[tuple[int, int]] = []
+        self.failed: list[tuple[int, int]] = []
+        self.reader = FetchTransfer(
+            NAMESPACE,
+            keys,
+            pieces,
+            memory,
+            lambda index, group: self.arrived.append((index, group)),
+            lambda index, outcome: self.failed.append((index, outcome)),
+        )
+        self.sink = CopySink(NAMESPACE, keys, pieces, memory)
+        self.sink.on_news = self.news.append
+
+    def run(self) -> None:
+        """Bring everything, tell everything."""
+        stream = StoreFetch(self.store, self.keys, self.pieces)
+        while (chunk := stream.next_chunk(MIB)) is not None:
+            assert self.sink.accepts
+            self.sink.take(chunk)
+            assert self.sink.idle
+            assert not self.store.lent  # it is in the reader's memory, and nowhere else
+        self.sink.flush()
+        self.read()
+
+    def read(self) -> None:
+        """Take the news as a client does."""
+        for piece, offset, length, data, verified in self.news:
+            header = Header(FrameType.DATA, 0, 0, 0, length, piece, offset, 0)
+            self.reader.placed(header, data.checksums, data.failed, data.corrupt, verified)
+
+    def block(self, index: int) -> bytes:
+        """What lies in the memory of a block."""
+        return b"".join(guard.view for guard in self.guards[index])
+
+    def expected(self, index: int) -> bytes:
+        """What belongs there."""
+        offsets = self.pieces.geometry.offsets
+        whole = self.store.block(self.keys[index])
+        return whole[offsets[self.pieces.layer_first] : offsets[self.pieces.layer_last]]
+
+    def check(self, outcomes: Sequence[FetchOutcome]) -> None:
+        """Whether all is as it should be."""
+        assert all(guard.intact for guards in self.guards for guard in guards)
+        told = [outcome if outcome != 255 else HIT for outcome in self.reader.outcomes]
+        assert told == list(outcomes)
+        for index, outcome in enumerate(outcomes):
+            if outcome is HIT:
+                assert self.block(index) == self.expected(index)
+
+
+@pytest.mark.parametrize("chunk", [1, 41, 64, 200, MIB])
+@pytest.mark.parametrize("layered", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "group"), [((0, 3), 0), ((0, 3), 1), ((0, 3), 2), ((1, 3), 1), ((2, 3), 0)]
+)
+def test_a_fetch(
+    store: Store, layers: tuple[int, int], group: int, layered: bool, chunk: int
+) -> None:
+    store.fill(KEYS[0], KEYS[2], KEYS[3], KEYS[5])
+    store.chunk_bytes = chunk
+    call = Fetching(store, PieceMap(store.geometry, 6, *layers, group), KEYS, layered)
+    call.run()
+    call.check([HIT, MISS, HIT, HIT, MISS, HIT])
+    assert call.failed == [(1, MISS), (4, MISS)]
+    assert len(call.arrived) == 4 * call.pieces.group_count
+    assert all(news.verified for news in call.news)
+    assert sum(news.length for news in call.news) == 4 * call.pieces.span_bytes
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 300, MIB])
+@pytest.mark.parametrize("group", [0, 1])
+def test_what_does_not_match_is_told_as_corrupt(store: Store, group: int, chunk: int) -> None:
+    store.fill(*KEYS)
+    store.damaged = {KEYS[1], KEYS[5]}
+    store.chunk_bytes = chunk
+    call = Fetching(store, PieceMap(store.geometry, 6, 0, 3, group), KEYS)
+    call.run()
+    call.check([HIT, CORRUPT, HIT, HIT, HIT, CORRUPT])
+    assert call.failed == [(1, CORRUPT), (5, CORRUPT)]
+    assert sorted(index for news in call.news for index in news.data.corrupt) == [1, 5]
+
+
+def test_a_block_that_was_corrupt_is_not_written_any_more(store: Store) -> None:
+    store.fill(KEYS[0])
+    call = Fetching(store, PieceMap(store.geometry, 1, 0, 3, 1), KEYS[:1])
+    stream = StoreFetch(store, KEYS[:1], call.pieces)
+    store.chunk_bytes = 40
+    chunk = stream.next_chunk(MIB)
+    assert chunk is not None
+    call.sink.take(chunk._replace(buffers=[memoryview(bytes(40))]))
+    while (chunk := stream.next_chunk(MIB)) is not None:
+        call.sink.take(chunk)
+    call.sink.flush()
+    call.read()
+    assert call.block(0) == bytes(BLOCK)
+    assert call.failed == [(0, CORRUPT)]
+
+
+def test_news_of_consecutive_bytes_go_together(store: Store) -> None:
+    store.fill(*KEYS)
+    store.chunk_bytes = 10
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.run()
+    assert [news[:3] for news in call.news] == [(0, 0, 6 * BLOCK)]
+    assert call.news[0].data.checksums == b"".join(map(store.checksums, KEYS))
+
+
+def test_news_of_other_places_go_apart(store: Store) -> None:
+    store.fill(*KEYS[:2], *KEYS[3:])
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.run()
+    assert [news[:3] for news in call.news] == [(0, 0, 2 * BLOCK), (3, 0, 3 * BLOCK)]
+    assert sorted(index for news in call.news for index in news.data.failed) == [2]
+
+
+def test_misses_alone_are_news_too(store: Store) -> None:
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.run()
+    assert call.failed == [(index, MISS) for index in range(6)]
+    assert sum(news.length for news in call.news) == 0
+
+
+def test_nothing_new_is_no_news(store: Store) -> None:
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.sink.flush()
+    call.run()
+    count = len(call.news)
+    call.sink.flush()
+    assert len(call.news) == count
+
+
+@pytest.mark.parametrize("limit", ["NEWS_BYTES_MAX", "NEWS_CHECKSUM_BYTES_MAX"])
+def test_news_are_not_kept_back_for_long(
+    store: Store, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(copying, limit, 2 * (BLOCK if limit == "NEWS_BYTES_MAX" else 24))
+    store.fill(*KEYS)
+    store.chunk_bytes = BLOCK
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.run()
+    assert [news[:3] for news in call.news] == [(n, 0, 2 * BLOCK) for n in (0, 2, 4)]
+    call.check([HIT] * 6)
+
+
+def test_chunk_is_released_also_when_it_cannot_be_copied(store: Store) -> None:
+    released: list[bool] = []
+    call = Fetching(store, PieceMap(store.geometry, 1), KEYS[:1])
+    short = Chunk(0, 0, [memoryview(bytes(3))], BLOCK, b"", lambda: released.append(True))
+    with pytest.raises(IndexError):
+        call.sink.take(short)
+    assert released == [True]
+
+
+def test_closed_sink_tells_nothing(store: Store) -> None:
+    store.fill(*KEYS)
+    call = Fetching(store, PieceMap(store.geometry, 6), KEYS)
+    call.sink.close()
+    call.run()
+    assert call.news == []
+
+
+# --- puts ----------------------------------------------------------------------------------
+
+
+def test_puller_works_as_much_as_it_is_told_and_one_block_always(store: Store) -> None:
+    blocks = [memoryview(bytes([number]) * BLOCK) for number in range(4)]
+    puller = CopyPuller(blocks)
+    pulled: list[int] = []
+    puller.on_pulled = pulled.append
+    targets = [memoryview(bytearray(BLOCK)) for _ in blocks]
+    assert puller.idle
+    for index in (2, 0, 3, 1):
+        puller.pull(index, targets[index])
+    assert puller.work(1) == BLOCK
+    assert pulled == [2]
+    assert puller.work(BLOCK + 1) == 2 * BLOCK
+    assert pulled == [2, 0, 3]
+    assert not puller.idle
+    assert puller.work(MIB) == BLOCK
+    assert (puller.idle, puller.work(MIB)) == (True, 0)
+    assert [bytes(target) for target in targets] == [bytes(block) for block in blocks]
+
+
+def test_stopped_puller_brings_nothing_more(store: Store) -> None:
+    puller = CopyPuller([memoryview(bytes(BLOCK))] * 2)
+    targets = [memoryview(bytearray(b"x" * BLOCK)) for _ in range(2)]
+    pulled: list[int] = []
+
+    def stop(index: int) -> None:
+        pulled.append(index)
+        puller.stop()
+
+    puller.on_pulled = stop
+    for index in range(2):
+        puller.pull(index, targets[index])
+    assert puller.work(MIB) == BLOCK
+    assert pulled == [0]
+    assert puller.idle
+    assert bytes(targets[1]) == b"x" * BLOCK
+    puller.stop()
+
+
+def test_layers_of_a_put_are_put_together(store: Store) -> None:
+    data = memoryview(store.block(KEYS[0]))
+    layers = [data[a:b] for a, b in pairwise(store.geometry.offsets)]
+    puller = CopyPuller([layers])
+    target = memoryview(bytearray(BLOCK))
+    puller.pull(0, target)
+    assert puller.work(MIB) == BLOCK
+    assert target == data
+
+
+@given(st.binary(max_size=60), st.data())
+def test_copy_keeps_the_order_wherever_both_sides_are_cut(
+    data: bytes, draws: st.DataObject
+) -> None:
+    def parts(whole: memoryview) -> list[memoryview]:
+        cuts = sorted(draws.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+        return [whole[a:b] for a, b in pairwise([0, *cuts, len(whole)])]
+
+    target = memoryview(bytearray(len(data)))
+    sources = parts(memoryview(data))
+    copy(sources, parts(target))
+    assert target == data
+    assert b"".join(sources) == data
+
+
+def test_blocks_of_many_chunks(store: Store) -> None:
+    large = Store(MIB, 700_000, MIB + 1)
+    large.fill(KEYS[0], KEYS[2])
+    call = Fetching(large, PieceMap(Geometry((MIB, 700_000, MIB + 1)), 3, 0, 3, 2), KEYS[:3], True)
+    call.run()
+    call.check([HIT, MISS, HIT])
