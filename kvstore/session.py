@@ -28,6 +28,7 @@ from kvstore.errors import (
     Unsupported,
 )
 from kvstore.layout import Geometry, PieceMap
+from kvstore.memorymessages import RDMA
 from kvstore.memoryrequests import MemoryRequests
 from kvstore.messages import (
     LOOKUP_PROBES_MAX,
@@ -134,6 +135,7 @@ class ServerConnection(ServerHooks):
         self._subscription: int | None = None
         self._reported_until = 0  # position in the output at which the last report ends
         self._sent_seen = 0
+        self._written_bytes = 0  # by RDMA
         self._abandoned_count = 0  # requests that were under way when the connection ended
         self.protocol = ServerProtocol(self, server.options.in_flight_bytes_max)
         trusted = stream.peer_uid() in server.options.memory_uids
@@ -243,6 +245,12 @@ class ServerConnection(ServerHooks):
         return PutDone(
             outcomes=outcomes, errors=reasons(stream.errors()), report=self.server.report()
         )
+
+    def moved(self, kind: str, transport: str, size_bytes: int) -> None:
+        name = transport or self.connection.stream.transport
+        self.server.counters[f"{kind}_bytes_by_{name}"] += size_bytes
+        if transport == RDMA and kind == "fetch":
+            self._written_bytes += size_bytes
 
     # --- requests --------------------------------------------------------------------------
 
@@ -478,8 +486,8 @@ class ServerConnection(ServerHooks):
             self.connection.close(TransportTimeout(f"{self.peer_name()} has stalled"))
 
     def take_sent_bytes(self) -> int:
-        """Bytes sent since the last call."""
-        total = self.protocol.writer.sent_total
+        """Bytes that were sent, or written by RDMA, since the last call."""
+        total = self.protocol.writer.sent_total + self._written_bytes
         sent, self._sent_seen = total - self._sent_seen, total
         return sent
 

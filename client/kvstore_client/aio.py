@@ -553,6 +553,8 @@ class AsyncClient:
             put_requests, put_blocks_stored, _exists, _conflict, _full, ...
             fetch_bytes_direct, _relay, _peer, _agent    payload that came, by path
             put_bytes_direct, _agent                     payload that went, by path
+            fetch_bytes_by_tcp, _unix, _shm, _rdma       the same, by what really moved it;
+            put_bytes_by_tcp, ...                        put too
             blocks_moved       sent again another way, since the first was slow or silent
             lookup_requests, lookup_keys, lookup_hits
             corrupt_blocks     came damaged; those too of which another daemon had a good copy

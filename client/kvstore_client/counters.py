@@ -9,7 +9,7 @@ from kvstore_client.jobs import FetchJob, Job
 
 
 def count_job(counters: Counter[str], job: Job) -> None:
-    """A fetch or a put has ended: count its blocks by outcome, and its bytes by path."""
+    """A fetch or a put has ended: count its blocks by outcome, its bytes by path and transport."""
     fetching = isinstance(job, FetchJob)
     kind = "fetch" if fetching else "put"
     counters[f"{kind}_requests"] += 1
@@ -21,3 +21,4 @@ def count_job(counters: Counter[str], job: Job) -> None:
         counters["blocks_moved"] += job.moved_count
     for run in job.runs:
         counters[f"{kind}_bytes_{run.path}"] += run.bytes
+        counters[f"{kind}_bytes_by_{run.transport}"] += run.bytes

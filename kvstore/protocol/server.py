@@ -99,6 +99,13 @@ class ServerHooks(abc.ABC):
     def fetch_done(self, request_id: int, stream: FetchStream) -> Done:
         """A fetch was given out whole or was stopped: make its DONE."""
 
+    def moved(self, kind: str, transport: str, size_bytes: int) -> None:  # noqa: B027
+        """Payload of a "fetch" was given to its transport, or of a "put" was taken from it.
+
+        Args:
+            transport: "" for the stream of this connection.
+        """
+
     @abc.abstractmethod
     def put_done(self, request_id: int, stream: PutStream) -> PutDone:
         """A put has all outcomes: make its PUT_DONE."""
@@ -326,6 +333,8 @@ class ServerProtocol(FrameProtocol):
                 if request_id in self._waiting:
                     self._waiting.remove(request_id)
                     self._hooks.fetch_begins(request_id)
+                transport = "" if sink is None else sink.transport
+                self._hooks.moved("fetch", transport, chunk.length)
                 if sink is None:
                     self._send_chunk(request_id, chunk)
                 else:
@@ -398,8 +407,11 @@ class ServerProtocol(FrameProtocol):
 
         if puller is not None:
             puller.on_pulled = _forget
-            puller.on_ready = end_if_idle
+            puller.on_ready = _nothing
         put.stop(PutOutcome.UNAVAILABLE)
+        if puller is not None and not put.stream.finished:
+            # Only where it has to be waited for: it makes a ring, in which memory would stay.
+            puller.on_ready = end_if_idle
         if put.stream.finished:
             self._hooks.put_done(request_id, put.stream)
 
@@ -483,6 +495,7 @@ class ServerProtocol(FrameProtocol):
             return
         if put.puller is not None:
             raise RemoteProtocolError(f"DATA for put {header.request_id}, whose memory was named")
+        self._hooks.moved("put", "", header.payload_length)
         for index in put.completed(header):
             if put.stream.target(index) is not None:
                 put.stream.received(index)
@@ -494,6 +507,8 @@ class ServerProtocol(FrameProtocol):
         """A puller has brought a block."""
         put = self._puts.get(request_id)
         if put is not None and put.stream.target(index) is not None:
+            assert put.puller is not None
+            self._hooks.moved("put", put.puller.transport, put.block_bytes)
             put.stream.received(index)
             self._put_moved(request_id)
 
