@@ -142,7 +142,7 @@ class Agreement:
         except BaseException:
             end.close()
             raise
-        return RdmaMemory(self._loop, self.regions, node, end)
+        return RdmaMemory(self._loop, self.regions, node, end, self.wanted == RDMA)
 
     def _complain(self, text: str) -> None:
         """Loud, and once: the same is true each time that the link comes up."""

@@ -575,6 +575,9 @@ class PeerLink:
             logger.info("%s: its socket %s cannot be used: %s", self.peer, welcome.local, error)
             self.welcome = welcome
             return control
+        except BaseException:
+            control.close(TransportError("given up"))
+            raise
         found = self.welcome
         if found is None or found.boot_id != welcome.boot_id:  # another daemon has its path
             nearer.close(TransportError("another server"))

@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
-from kvstore.errors import RefusedError, RemoteProtocolError
+from kvstore.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from kvstore.memorymap import PLACE_BYTES, describe
 from kvstore.memorymessages import Map, Mapped, Memory, MemoryRegion, Share, Unshare
 from kvstore.messages import Message
@@ -26,6 +26,10 @@ from kvstore.transport.shm import MappedArena
 from kvstore.transport.verbs import VerbsError
 from kvstore.wire import FrameType
 from kvstore_client.memory import Region, Regions
+
+# A peer lets 16 descriptors wait, and with a send go no more than that: one of which the frame has
+# gone ahead would later be taken for the memory of another frame.
+SHARES_UNDER_WAY_MAX = 8
 
 #: A request with one reply on the control connection of the link.
 Ask = Callable[[FrameType, Message], Awaitable[Message]]
@@ -41,9 +45,11 @@ class LinkMemory(abc.ABC):
 
     Attributes:
         transport: What moves the bytes, for attribution.
+        only: Whether nothing else is to move payload.
     """
 
     transport: str
+    only = False
 
     def __init__(self, loop: asyncio.AbstractEventLoop, regions: Regions) -> None:
         self.loop = loop
@@ -53,7 +59,11 @@ class LinkMemory(abc.ABC):
 
     def name(self, memory: Sequence[BlockMemory]) -> NamedMemory | None:
         """The memory of the blocks of a request; None if some of it lies in no region that the
-        peer knows."""
+        peer knows.
+
+        Raises:
+            LocalProtocolError: So it is, and it may go no other way.
+        """
         named: dict[int, Region] = {}
 
         def locate(view: memoryview) -> tuple[int, int] | None:
@@ -64,6 +74,11 @@ class LinkMemory(abc.ABC):
             return found[0].number, found[1]
 
         told = describe(memory, locate, lambda number: self.region(named[number]))
+        if told is None and self.only:
+            raise LocalProtocolError(
+                f"transport={self.transport}, and memory of these blocks lies in no region that it"
+                " reaches: get it by allocate, or register it"
+            )
         return None if told is None else NamedMemory(self, told, list(named.values()))
 
     @abc.abstractmethod
@@ -167,6 +182,7 @@ class SharedMemory(LinkMemory):
         self.views = views
         self._arena: MappedArena | None = None
         self._known: set[int] = set()
+        self._sharing = asyncio.Semaphore(SHARES_UNDER_WAY_MAX)
         self._left = len(carriers)  # whose end by the peer is yet to come
         for connection in carriers:
             connection.on_detached = self._watch
@@ -182,10 +198,11 @@ class SharedMemory(LinkMemory):
             raise RefusedError(
                 "memory that was registered cannot be handed to another process: allocate it"
             )
-        self._control.stream.send_descriptor(region.fd)
-        # Written in the same turn, so that the descriptor goes with this frame.
-        message = Share(number=region.number, size_bytes=region.size_bytes)
-        await self._ask(FrameType.SHARE, message)
+        async with self._sharing:
+            self._control.stream.send_descriptor(region.fd)
+            # Written in the same turn, so that the descriptor goes with this frame.
+            message = Share(number=region.number, size_bytes=region.size_bytes)
+            await self._ask(FrameType.SHARE, message)
         self._known.add(region.number)
 
     async def remove(self, region: Region) -> None:
@@ -252,14 +269,21 @@ class RdmaMemory(LinkMemory):
     Args:
         node: Rails of this process.
         end: Our side of the queue pairs, connected.
+        only: See `LinkMemory`.
     """
 
     transport = "rdma"
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, regions: Regions, node: RdmaNode, end: RdmaEnd
+        self,
+        loop: asyncio.AbstractEventLoop,
+        regions: Regions,
+        node: RdmaNode,
+        end: RdmaEnd,
+        only: bool,
     ) -> None:
         super().__init__(loop, regions)
+        self.only = only
         self._node = node
         self._end = end
 

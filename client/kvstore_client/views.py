@@ -65,7 +65,7 @@ class Views:
     @property
     def held(self) -> bool:
         """Whether all leases hold, as far as is known here: a server may have died just now."""
-        return not self._released and all(lease.held for lease in self._leases)
+        return not self._released and all(lease.same_session() for lease in self._leases)
 
     async def release(self) -> bool:
         """Give the leases back; nothing is to be read from now on.
@@ -106,7 +106,7 @@ class _Lease:
 
     async def release(self) -> bool:
         self._timer.cancel()
-        if not self._same_session():
+        if not self.same_session():
             return False
         try:
             message = Release(leases=(self._number,))
@@ -118,10 +118,11 @@ class _Lease:
 
     def abandon(self) -> None:
         self._timer.cancel()
-        if self._same_session():
+        if self.same_session():
             self._link.tell(FrameType.RELEASE, Release(leases=(self._number,)))
 
-    def _same_session(self) -> bool:
+    def same_session(self) -> bool:
+        """Whether it holds, as far as is known."""
         self.held = self.held and self._link.memory is self._memory
         return self.held
 
@@ -129,7 +130,7 @@ class _Lease:
         return self._loop.call_later(self._lease_ms / 1e3 / RENEWALS_PER_LEASE, self._renew)
 
     def _renew(self) -> None:
-        if self._same_session():
+        if self.same_session():
             message = Renew(leases=(self._number,), lease_ms=self._lease_ms)
             self._link.tell(FrameType.RENEW, message, self._renewed)
             self._timer = self._wait()

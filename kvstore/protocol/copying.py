@@ -23,9 +23,10 @@ from kvstore.wire import FrameType, Header
 
 # Copied, and then compared with its checksums while the processor's cache still has it.
 CHUNK_BYTES = 1024 * 1024
-# News of this much go together: 2 ms of copying. Each of them may cost a reader whose
-# interpreter is busy a switch of threads, 5 ms.
-NEWS_BYTES_MAX = 16 * 1024 * 1024
+# News of this much go together: 6 ms of copying, and 2 where somebody may wait for a layer. Each
+# of them may cost a reader whose interpreter is busy a switch of threads, 5 ms.
+NEWS_BYTES_MAX = 64 * 1024 * 1024
+LAYER_NEWS_BYTES_MAX = 16 * 1024 * 1024
 # Checksums of layers of a few bytes; with one chunk more they fit into a frame.
 NEWS_CHECKSUM_BYTES_MAX = 256 * 1024
 
@@ -52,6 +53,8 @@ class CopySink(FetchSink):
         super().__init__()
         self._transfer = FetchTransfer(namespace, keys, pieces, memory, _ignore, _ignore)
         self._pieces = pieces
+        in_order = pieces.group_count > 1
+        self._news_bytes_max = LAYER_NEWS_BYTES_MAX if in_order else NEWS_BYTES_MAX
         # News that were kept back: where they begin, where the next byte belongs, how many.
         self._first = (0, 0)
         self._next = (-1, 0)
@@ -87,7 +90,7 @@ class CopySink(FetchSink):
         self._checksums += chunk.checksums
         self._failed += chunk.failed
         self._corrupt += transfer.corrupt[known:]
-        if self._length >= NEWS_BYTES_MAX or len(self._checksums) >= NEWS_CHECKSUM_BYTES_MAX:
+        if self._length >= self._news_bytes_max or len(self._checksums) >= NEWS_CHECKSUM_BYTES_MAX:
             self.flush()
 
     def flush(self) -> None:

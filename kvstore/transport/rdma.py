@@ -267,6 +267,12 @@ class RdmaNode:
         """An end is closed."""
         self._ends.pop(end, None)
 
+    def report(self, end: RdmaEnd, error: Exception) -> None:
+        """One session's mistake is not to cost others their completions."""
+        self.loop.call_exception_handler(
+            {"message": f"rdma to {end.peer}: a callback failed", "exception": error}
+        )
+
     # --- inside ----------------------------------------------------------------------------
 
     def _check(self) -> None:
@@ -338,19 +344,10 @@ class RdmaNode:
                 try:
                     end.on_completion(queue, completion)
                 except Exception as error:
-                    self._report(end, error)
+                    self.report(end, error)
         for end in ends:
-            try:
-                end.settle()
-            except Exception as error:
-                self._report(end, error)
+            end.settle()
         return len(batch) == _POLL_COUNT
-
-    def _report(self, end: RdmaEnd, error: Exception) -> None:
-        """One session's mistake is not to cost others their completions."""
-        self.loop.call_exception_handler(
-            {"message": f"rdma to {end.peer}: a callback failed", "exception": error}
-        )
 
     def _break(self, rail: _OpenRail, reason: str) -> None:
         """A rail is of no use any more, for good."""

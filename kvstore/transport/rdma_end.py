@@ -248,14 +248,18 @@ class RdmaEnd:
     def settle(self) -> None:
         """A batch of completions was looked at: call back who waits for what it has changed."""
         moved, self._moved = self._moved, {}
+        calls: list[Callable[[], None]] = []
         if self._waiting and self.roomy() is not None:
             waiting, self._waiting = self._waiting, {}
             for payload in waiting:
-                payload.resume()
+                calls.append(payload.resume)
                 moved.pop(payload, None)
-        for payload in moved:
-            if payload.idle:
-                payload.on_ready()
+        calls += [payload.on_ready for payload in moved if payload.idle]
+        for call in calls:
+            try:
+                call()
+            except Exception as error:
+                self._node.report(self, error)
 
     def fail(self, queue: RdmaQueue, error: TransportError) -> None:
         """Give a queue pair up. What it carried is lost, and its memory is released."""

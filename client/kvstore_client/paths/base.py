@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvstore.errors import LocalProtocolError
 from kvstore.messages import Done, Fetch, FetchOutcome, ServedBy
 from kvstore.protocol import Reply
 from kvstore.transfer import PENDING
@@ -105,7 +106,13 @@ class Shipment:
         pieces = transfer.pieces
         self.begun_at = self.moved_at = self._loop.time()
         transfer.trusting = not link.verify
-        named = self._named = link.memory.name(transfer.memory) if link.memory else None
+        try:
+            named = self._named = link.memory.name(transfer.memory) if link.memory else None
+        except LocalProtocolError as error:
+            job.add_error(error)
+            self._done.set_result(None)
+            transfer.fail_rest(FetchOutcome.UNAVAILABLE)
+            return
         transport = named.transport if named else link.transport
         self._exchange = Exchange(self._loop, self._path.name, link, job, self.indices, transport)
         message = Fetch(

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kvstore.errors import LocalProtocolError
 from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
+from kvstore_client.linkmemory import NamedMemory
 from kvstore_client.paths.direct import AgentPath
 from kvstore_client.paths.exchange import Exchange
 
@@ -56,7 +58,16 @@ class StorePath:
             checksums: Of all their layers, as a PUT announces them.
             on_outcome: Called once with the outcome of every block, unless the job ends first.
         """
-        await _Sending(self._loop, self.name, link, job, indices, on_outcome).run(checksums, ack)
+        memory = [job.memory[index] for index in indices]
+        try:
+            named = link.memory.name(memory) if link.memory else None
+        except LocalProtocolError as error:
+            job.add_error(error)
+            for index in indices:
+                on_outcome(index, PutOutcome.UNAVAILABLE)
+            return
+        sending = _Sending(self._loop, self.name, link, job, indices, named, on_outcome)
+        await sending.run(checksums, ack)
 
 
 class _Sending:
@@ -69,6 +80,7 @@ class _Sending:
         link: PeerLink,
         job: PutJob,
         indices: Sequence[int],
+        named: NamedMemory | None,
         on_outcome: Callable[[int, PutOutcome], None],
     ) -> None:
         memory = [job.memory[index] for index in indices]
@@ -79,7 +91,7 @@ class _Sending:
         self._on_outcome = on_outcome
         self._done: asyncio.Future[None] = loop.create_future()
         self._transfer = PutTransfer(job.geometry, memory)
-        self._named = link.memory.name(memory) if link.memory else None
+        self._named = named
         transport = self._named.transport if self._named else link.transport
         path = AgentPath.name if link.is_agent else name
         self._exchange = Exchange(loop, path, link, job, indices, transport)
