@@ -98,8 +98,12 @@ class Agreement:
                 return
             for region in left:
                 tried.add(region.number)
+                if region.freed:
+                    continue
                 try:
                     await memory.add(region)
+                    if region.freed:  # meanwhile, and nobody else takes it back from this peer
+                        await memory.remove(region)
                 except RefusedError as error:
                     logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, error)
 

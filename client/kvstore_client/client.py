@@ -14,7 +14,7 @@ from kvstore.errors import KVStoreError, LocalProtocolError
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.messages import AckLevel, PoolInfo, Status
-from kvstore_client.aio import DEADLINE_S, RETAIN_S, AsyncClient
+from kvstore_client.aio import DEADLINE_S, RETAIN_S, VIEW_LEASE_S, AsyncClient
 from kvstore_client.arguments import (
     check_ack,
     check_layers,
@@ -30,6 +30,7 @@ from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.selector import Policy
 from kvstore_client.transports import AUTO
+from kvstore_client.views import Views
 
 ResultT = TypeVar("ResultT")
 
@@ -273,6 +274,34 @@ class Client:
             )
 
         return self._wait(estimate())
+
+    def view(
+        self,
+        namespace: Namespace,
+        keys: Sequence[bytes],
+        *,
+        first: int = 0,
+        chain: bool = True,
+        lease_s: float = VIEW_LEASE_S,
+        deadline_s: float | None = None,
+        verify: bool = True,
+    ) -> Views:
+        """See `AsyncClient.view`; `release_views` gives them back."""
+        return self._wait(
+            self._client.view(
+                namespace,
+                keys,
+                first=first,
+                chain=chain,
+                lease_s=lease_s,
+                deadline_s=deadline_s,
+                verify=verify,
+            )
+        )
+
+    def release_views(self, views: Views) -> bool:
+        """See `Views.release`: whether what was read counts."""
+        return self._wait(views.release())
 
     def allocate(self, size_bytes: int) -> Region:
         """See `AsyncClient.allocate`."""

@@ -7,6 +7,7 @@ region travels through a socket.
 from __future__ import annotations
 
 import itertools
+import threading
 from bisect import bisect_right
 
 from kvstore.buffers import Region as SharedMemory
@@ -31,6 +32,7 @@ class Region:
         size_bytes: How much that is.
         address: Of its first byte.
         users: Requests that have named it to a peer and are not quiet.
+        freed: Whether its owner has taken it back.
         registrations: With RDMA nodes of this process.
     """
 
@@ -38,6 +40,7 @@ class Region:
         "_owned",
         "_shared",
         "address",
+        "freed",
         "number",
         "registrations",
         "size_bytes",
@@ -53,6 +56,7 @@ class Region:
         self.size_bytes = len(view)
         self.address = address_of(view)
         self.users = 0
+        self.freed = False
         self.registrations: dict[RdmaNode, Registration] = {}
         self._shared = shared
         self._owned = owned
@@ -87,19 +91,20 @@ class Region:
 
 
 class Regions:
-    """All regions of a client. On the loop's thread, but for `locate`."""
+    """All regions of a client, for any thread."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
-        self._by_address: list[Region] = []
-        self._starts: list[int] = []
+        self._change = threading.Lock()
+        # Where they start, and what starts there. Never changed, only replaced: both at once.
+        self._table: tuple[list[int], list[Region]] = ([], [])
 
     def __len__(self) -> int:
-        return len(self._by_address)
+        return len(self._table[1])
 
     def all(self) -> list[Region]:
         """Every region, by address."""
-        return list(self._by_address)
+        return list(self._table[1])
 
     def allocate(self, size_bytes: int) -> Region:
         """New memory that can be handed to other processes; touched. Takes milliseconds for
@@ -140,7 +145,7 @@ class Regions:
         Raises:
             LocalProtocolError: It is none of these, or peers may still touch it.
         """
-        if region not in self._by_address:
+        if region not in self._table[1]:
             raise LocalProtocolError("this region is none of this client, or was freed before")
         if region.users:
             raise LocalProtocolError(
@@ -149,40 +154,49 @@ class Regions:
 
     def remove(self, region: Region, close: bool = True) -> None:
         """Forget a region; requests name it no more."""
-        at = self._by_address.index(region)
-        del self._by_address[at], self._starts[at]
+        with self._change:
+            left = [one for one in self._table[1] if one is not region]
+            self._table = ([one.address for one in left], left)
+        region.freed = True
         if close:
             region.give_back()
 
     def locate(self, view: memoryview) -> tuple[Region, int] | None:
         """The region of a contiguous view, and where in it; None if it is in none."""
-        if not self._starts:
+        starts, regions = self._table
+        if not starts:
             return None
         address = address_of(view)
-        at = bisect_right(self._starts, address) - 1
+        at = bisect_right(starts, address) - 1
         if at < 0:
             return None
-        region = self._by_address[at]
+        region = regions[at]
         offset = address - region.address
         return (region, offset) if offset + len(view) <= region.size_bytes else None
 
     def _check_room(self) -> None:
-        if len(self._by_address) >= REGIONS_SHARED_MAX:
+        if len(self) >= REGIONS_SHARED_MAX:
             raise LocalProtocolError(
-                f"{len(self._by_address)} regions: the limit is {REGIONS_SHARED_MAX}; allocate"
-                " fewer and larger ones"
+                f"{len(self)} regions: the limit is {REGIONS_SHARED_MAX}; allocate fewer and"
+                " larger ones"
             )
 
     def _add(self, region: Region) -> Region:
-        at = bisect_right(self._starts, region.address)
-        before, after = self._by_address[at - 1 : at], self._by_address[at : at + 1]
-        if any(one.address + one.size_bytes > region.address for one in before) or any(
-            region.address + region.size_bytes > one.address for one in after
-        ):
+        with self._change:
+            starts, regions = self._table
+            at = bisect_right(starts, region.address)
+            before, after = regions[at - 1 : at], regions[at : at + 1]
+            overlaps = any(one.address + one.size_bytes > region.address for one in before) or any(
+                region.address + region.size_bytes > one.address for one in after
+            )
+            if not overlaps:
+                self._table = (
+                    [*starts[:at], region.address, *starts[at:]],
+                    [*regions[:at], region, *regions[at:]],
+                )
+        if overlaps:
             region.give_back()
             raise LocalProtocolError("register: the buffer overlaps a region of this client")
-        self._by_address.insert(at, region)
-        self._starts.insert(at, region.address)
         return region
 
 

@@ -42,6 +42,24 @@ def test_the_example_stores_what_it_missed_and_finds_it_again() -> None:
 
 
 @pytest.mark.slow
+def test_memory_of_the_client_is_written_by_the_daemon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layout = Layout(model_id="m", dtype="bfloat16", block_tokens=16, layer_bytes=(4096,))
+    keys = [hashlib.sha256(b"block %d" % number).digest() for number in range(8)]
+    listen = f"--listen=unix://{tmp_path}/kv.sock"
+    with (
+        daemon(listen, "--memory", "16MiB") as running,
+        Client(running.uri) as client,
+    ):
+        namespace = client.open_namespace("pool", layout)
+        assert client.put(namespace, keys, bytearray(8 * 4096)).result().ok
+        known = {"client": client, "namespace": namespace, "keys": keys, "layout": layout}
+        exec(examples()[1], known)
+    assert capsys.readouterr().out == "shm\n"
+
+
+@pytest.mark.slow
 def test_a_whole_turn_goes_as_it_is_shown(tmp_path: Path) -> None:
     # One layer, so that the one that is offered is all of them.
     layout = Layout(model_id="m", dtype="bfloat16", block_tokens=16, layer_bytes=(65536,))
@@ -75,7 +93,7 @@ def test_a_whole_turn_goes_as_it_is_shown(tmp_path: Path) -> None:
             "computed_layer": blocks[hits:],
             "computed": blocks[hits:],
         }
-        program = examples()[1].replace("tcp://10.2.0.1:7460", other.uris[0])
+        program = examples()[2].replace("tcp://10.2.0.1:7460", other.uris[0])
         program = program.replace("memory, decode_node", "memory[:hits], decode_node")
         lines = [line for line in program.splitlines() if line and not line.startswith("#")]
         results = []

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kvstore.errors import ConfigError, KVStoreError
-from kvstore_client.ctl import ping, status, top
+from kvstore_client.ctl import doctor, ping, status, top
 from kvstore_client.ctl.options import command_parser, common_options
 from kvstore_client.ctl.tables import printable
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status, as the help says.
     """
     parser, subparsers = command_parser()
-    for command in (status, ping, top):
+    for command in (status, ping, top, doctor):
         command.add_parser(subparsers)
     given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     try:

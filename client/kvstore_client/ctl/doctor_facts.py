@@ -193,7 +193,9 @@ def _memlock(memory_bytes: int) -> MemlockFacts:
         for limit in resource.getrlimit(resource.RLIMIT_MEMLOCK)
     )
     effective = re.search(r"^CapEff:\s*([0-9a-f]+)$", _read(Path("/proc/self/status")), re.M)
-    exempt = bool(effective and int(effective[1], 16) >> _CAP_IPC_LOCK & 1)
+    # Of a user namespace of its own (containers without root) it counts for nothing.
+    outermost = _read(Path("/proc/self/uid_map")).split() == ["0", "0", str((1 << 32) - 1)]
+    exempt = bool(outermost and effective and int(effective[1], 16) >> _CAP_IPC_LOCK & 1)
     return MemlockFacts(soft, hard, exempt, memory_bytes)
 
 

@@ -56,7 +56,7 @@ def check_library(facts: RdmaFacts) -> Iterator[Finding]:
 def _install(library: LibraryFacts) -> str:
     seen = ""
     if library.environment:
-        seen = f"; {library.environment} does not see it yet then: ask again how it does"
+        seen = f"; it is not seen from {library.environment} then: this command says how it will be"
     return f"{_DEBIAN} (Debian, Ubuntu), or {_FEDORA} (RHEL, Fedora){seen}"
 
 

@@ -72,7 +72,7 @@ def check_place(facts: SharedFacts) -> Iterator[Finding]:
         yield Finding(
             name,
             Verdict.WARNING,
-            "/proc does not tell this host from others: a tcp:// peer on it is not found to be near",
+            "/proc does not tell this host from others: a peer at tcp:// is never found to be near",
             "mount /proc, or name the peer by its unix socket",
         )
         return

@@ -35,6 +35,8 @@ examples:
       how long a round trip takes
   kvctl top --sort queue
       queues and links, live; q ends it
+  kvctl doctor rdma://10.0.0.7:7450
+      whether RDMA works here and to that node, and what to type if it does not
   kvctl status --json | jq '.nodes[].counters.fetch_blocks_hit'
       for scripts; the help of each command tells the names
 
