@@ -46,6 +46,7 @@ class Agreement:
         self._loop = loop
         self._nodes = RdmaNodes(loop)
         self._complained: set[str] = set()
+        self._unsettled: set[LinkMemory] = set()
 
     async def agree(
         self,
@@ -67,6 +68,20 @@ class Agreement:
             TransportError: Only RDMA is wanted, and this host cannot do it; or the connection
                 breaks.
         """
+        memory = await self._agree(endpoint, welcome, channels, ask, on_failed)
+        if memory is not None:
+            self._unsettled.add(memory)
+            memory.settled.add_done_callback(lambda _: self._unsettled.discard(memory))
+        return memory
+
+    async def _agree(
+        self,
+        endpoint: Endpoint,
+        welcome: Welcome,
+        channels: Channels,
+        ask: Ask,
+        on_failed: Callable[[Exception], None],
+    ) -> LinkMemory | None:
         offered, stream = welcome.capabilities, channels.fetch.stream.transport
         wanted = self.wanted
         if SHM in offered and wanted in (AUTO, SHM):
@@ -107,8 +122,17 @@ class Agreement:
                 except RefusedError as error:
                     logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, error)
 
+    async def settled(self, timeout_s: float) -> None:
+        """All links are down: wait until their peers can touch our memory no more; not longer
+        for one that hangs. What it may touch yet stays its own for as long as we live."""
+        waiting = [memory.settled for memory in self._unsettled]
+        if waiting:
+            await asyncio.wait(waiting, timeout=timeout_s)
+        for memory in list(self._unsettled):
+            memory.give_up()
+
     def close(self) -> None:
-        """Close the rails. All links are down before."""
+        """Close the rails; after `settled`."""
         self._nodes.close()
 
     async def _by_rdma(

@@ -194,6 +194,7 @@ class Cluster(Ways):
             await link.ended()
         if self._peers is not None:
             await self._peers.ended()
+        await self._agreement.settled(CLOSE_S)
         if self._tasks:
             # A peer that hangs and may touch memory yet keeps it for good, but not us.
             _, hanging = await asyncio.wait(self._tasks, timeout=CLOSE_S)

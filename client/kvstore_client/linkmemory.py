@@ -101,6 +101,9 @@ class LinkMemory(abc.ABC):
     async def remove(self, region: Region) -> None:
         """The peer reaches a region no more when this returns; raises as `add`."""
 
+    def give_up(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Wait for `settled` no more: it never comes."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """The link is down. `settled` follows, at once or when the peer has seen it."""
@@ -184,6 +187,7 @@ class SharedMemory(LinkMemory):
         self._known: set[int] = set()
         self._sharing = asyncio.Semaphore(SHARES_UNDER_WAY_MAX)
         self._left = len(carriers)  # whose end by the peer is yet to come
+        self._watched: set[socket.socket] = set()
         for connection in carriers:
             connection.on_detached = self._watch
 
@@ -235,12 +239,17 @@ class SharedMemory(LinkMemory):
         if self._arena is not None:
             self._arena.close()  # when the last view of it is gone
 
+    def give_up(self) -> None:
+        for watched in list(self._watched):
+            self._unwatch(watched)
+
     def _watch(self, fd: int) -> None:
         """A connection has ended here: tell the peer, and wait until it has ended there."""
         if fd < 0:
             self._ended()
             return
         watched = socket.socket(fileno=fd)
+        self._watched.add(watched)
         with contextlib.suppress(OSError):  # the peer may be gone
             watched.shutdown(socket.SHUT_WR)
         self.loop.add_reader(watched.fileno(), self._drain, watched)
@@ -253,9 +262,13 @@ class SharedMemory(LinkMemory):
             return
         except OSError:
             pass  # reset: it is closed
+        self._unwatch(watched)
+        self._ended()
+
+    def _unwatch(self, watched: socket.socket) -> None:
+        self._watched.discard(watched)
         self.loop.remove_reader(watched.fileno())
         watched.close()
-        self._ended()
 
     def _ended(self) -> None:
         self._left -= 1

@@ -8,7 +8,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -193,6 +193,17 @@ class _PutReceiver:
         return done
 
 
+DoneT = TypeVar("DoneT", Done, PutDone)
+
+
+def _with_reason(done: DoneT, failure: Exception | None) -> DoneT:
+    """The end of a request, with why its payload could not be moved, if so, before all else."""
+    if failure is None:
+        return done
+    errors = (*reasons([failure]), *done.errors)[:REASONS_MAX]
+    return msgspec.structs.replace(done, errors=errors)
+
+
 class ServerProtocol(FrameProtocol):
     """The answering side of a connection.
 
@@ -368,7 +379,7 @@ class ServerProtocol(FrameProtocol):
         self._let_go(request_id)
         done: Done | ViewReply = self._hooks.fetch_done(request_id, serving.stream)
         if serving.sink is not None and isinstance(done, Done):
-            done = serving.sink.amend(done)
+            done = serving.sink.amend(_with_reason(done, serving.sink.failure))
         if isinstance(done, ViewReply):
             self.reply(FrameType.VIEW, request_id, done)
         else:
@@ -584,7 +595,9 @@ class ServerProtocol(FrameProtocol):
         self._ended_puts[request_id] = None
         if len(self._ended_puts) > ENDED_PUTS_MAX:
             self._ended_puts.popitem(last=False)
-        self._send(FrameType.PUT_DONE, request_id, self._hooks.put_done(request_id, put.stream))
+        done = self._hooks.put_done(request_id, put.stream)
+        failure = put.puller.failure if put.puller is not None else None
+        self._send(FrameType.PUT_DONE, request_id, _with_reason(done, failure))
 
     def _count_reserved(self, put: _PutReceiver) -> None:
         reserved_bytes = put.stream.reserved_bytes

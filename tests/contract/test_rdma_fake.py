@@ -10,7 +10,7 @@ import pytest
 
 from kvstore.errors import Busy, TransportError
 from kvstore.transport import rdma, rdma_rails
-from kvstore.transport.rdma import RdmaNode, RdmaOptions
+from kvstore.transport.rdma import RdmaNode
 from kvstore.transport.rdma_queue import SENDS_MAX
 from kvstore.transport.verbs import NoDevice, Rail, RailSetup, Verbs, VerbsError, VerbsForbidden
 from tests.rdma.rdma_suite import RdmaTests
@@ -248,7 +248,7 @@ async def test_device_that_takes_no_work(
 async def test_completions_that_nobody_has_room_for_end_a_rail(
     fake: FakeVerbs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with session(fake, options=RdmaOptions()) as made:
+    async with session(fake, options=QUICK) as made:
 
         def broken(_: int) -> None:
             raise VerbsError("more completions than there is room for")

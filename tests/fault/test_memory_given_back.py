@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,6 @@ from tests.support.cluster import (
 )
 from tests.support.engine import key
 from tests.support.memorypeer import MemoryPeer, descriptors, mappings, memfd, refused
-from tests.support.processes import Daemon, daemon
 from tests.support.tree import ROOT
 
 HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
@@ -48,14 +48,22 @@ NAME = "kvstore-region"
 
 @asynccontextmanager
 async def node_and_client(
-    tmp_path: Path, **options: object
+    tmp_path: Path, **options: Any
 ) -> AsyncIterator[tuple[Node, AsyncClient, Namespace]]:
     """A daemon that holds blocks, and a client on its host."""
-    async with serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB, **options) as (node,):
-        async with connected([node], transport="shm") as client:
-            namespace = await open_pool(client)
-            await store_blocks(client, namespace, KEYS)
-            yield node, client, namespace
+    async with (
+        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB, **options) as (node,),
+        connected([node], transport="shm") as client,
+    ):
+        namespace = await open_pool(client)
+        await store_blocks(client, namespace, KEYS)
+        yield node, client, namespace
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_mapped() -> Iterator[None]:
+    """Neither the clients nor the daemons of a test keep memory."""
+    yield
     assert not mapped()
 
 
@@ -103,6 +111,7 @@ async def test_nothing_is_written_after_a_fetch_that_was_given_up(
         assert set(result.outcomes) <= {HIT, last}
         assert last in result.outcomes
         clean = stain(region)
+        node.gate.chunk_bytes = MIB
         node.gate.open()
         assert (await fetch_blocks(client, namespace, KEYS)).ok
         assert bytes(region.view) == clean
@@ -131,6 +140,7 @@ async def test_nothing_is_written_after_a_lost_link(tmp_path: Path, breaks: str)
         await handle.quiesced()
         assert UNAVAILABLE in result.outcomes
         clean = stain(region)
+        node.gate.chunk_bytes = MIB
         node.gate.open()
         if breaks == "killed":
             await node.start(fresh=False)
@@ -189,10 +199,11 @@ def gated_pulling(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[
     left, work = [count], CopyPuller.work
 
     def some(puller: CopyPuller, bytes_max: int) -> int:
-        if not left[0]:
-            return 0
-        left[0] -= 1
-        return work(puller, 1)
+        done = 0
+        while left[0] and not puller.idle:
+            left[0] -= 1
+            done += work(puller, 1)
+        return done
 
     with monkeypatch.context() as patched:
         patched.setattr(CopyPuller, "work", some)
@@ -245,15 +256,19 @@ async def test_killed_client_leaves_nothing_behind(
             process = await asyncio.create_subprocess_exec(
                 *command, str(COUNT), env={**os.environ, "PYTHONPATH": path}
             )
-            halted = (lambda: node.gate.given == 2) if kind == "fetch" else (lambda: not left[0])
-            await until(halted, f"half of a {kind} is done")
-            assert len(node.server.sessions) == 2
-            assert mappings("self", NAME)
-            gc.collect()
-            gc.disable()  # it is not left to chance when the memory goes
             try:
+                await until(
+                    lambda: node.gate.given == 2 if kind == "fetch" else not left[0],
+                    f"half of a {kind} is done",
+                )
+                assert len(node.server.sessions) == 2
+                assert mappings("self", NAME)
+                gc.collect()
+                gc.disable()  # it is not left to chance when the memory goes
+            finally:
                 process.kill()
                 await process.wait()
+            try:
                 await until(lambda: len(node.server.sessions) == 1, "its session is gone")
                 await until(lambda: not mappings("self", NAME), "its memory is unmapped")
             finally:
@@ -313,17 +328,3 @@ async def test_other_users_hand_nothing_over(tmp_path: Path) -> None:
             assert not link.up
             assert "nothing else is to be used" in str(link.last_error)
     assert not mappings("self", "foreign")
-
-
-# --- the daemon is a process ----------------------------------------------------------------
-
-LARGE = 96
-LARGE_KEYS = chain(LARGE)
-
-
-@contextmanager
-def kvstored(tmp_path: Path) -> Iterator[Daemon]:
-    """A daemon with room for large blocks."""
-    listen = ("--listen", f"unix://{tmp_path}/s", "--memory", "128MiB")
-    with daemon(*listen) as process:
-        yield process

@@ -74,6 +74,7 @@ class RdmaTests:
             assert made.lost == ([], [])
 
     @pytest.mark.asyncio
+    @pytest.mark.slow
     async def test_more_runs_than_receives(self, verbs: Verbs, seed: int) -> None:
         async with session(verbs, memory_bytes=256 * KIB) as made:
             request = Request(made, layer_bytes=(16 * KIB,), key_count=4)
@@ -330,6 +331,7 @@ class RdmaTests:
     # --- ends ------------------------------------------------------------------------------
 
     @pytest.mark.asyncio
+    @pytest.mark.slow
     async def test_close_ends_what_is_under_way(self, verbs: Verbs) -> None:
         async with session(verbs, memory_bytes=24 * 1024 * KIB) as made:
             request = Request(made, layer_bytes=(512 * KIB,), key_count=20)
@@ -471,7 +473,7 @@ class RdmaTests:
                 fetch = Fetch(request, 1 << 20, end=ends[0])
                 ends[1].on_run = made._on_run
                 await fetch.run()
-                assert fetch.sink.failure is None
+                assert fetch.sink.failure is None, fetch.sink.failure
                 for end in ends:
                     end.close()
             assert [len(rail.queues) for rail in made.server._rails] == [1] * len(

@@ -176,7 +176,7 @@ class Node:
         """
         if fresh:
             self.source = self._make_source()
-        self.server = Server(self.source, [self._endpoint], self._options)
+        self.server = Server(self.source, [self._endpoint], self._options, memory=self._arena)
         await self.server.start()
         self._endpoint = self.server.endpoints[0]
         self.running = True

@@ -279,7 +279,8 @@ class FakeRail(Rail):
             while True:
                 self._counter = (self._counter + 1) & 0xFFFF
                 number = self._slot << 16 | self._counter
-                if number not in self.queues:
+                # No device gives number 0 to a connection.
+                if number and number not in self.queues:
                     break
             queue = self.queues[number] = FakeQueue(self, number, setup)
         return queue

@@ -23,6 +23,9 @@ from tests.support.rawpeer import RawPeer, Received
 class MemoryPeer(RawPeer):
     """As `RawPeer`, on a unix socket."""
 
+    def __enter__(self) -> MemoryPeer:
+        return self
+
     def receive(self) -> Received:
         """The next frame; of one that is placed no payload follows."""
         header = decode_header(memoryview(self._exactly(HEADER_BYTES)))

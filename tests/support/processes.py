@@ -36,10 +36,12 @@ class Daemon:
 
     Attributes:
         command: Its name.
+        runner: A module that runs that of the command, if Python itself does not.
         lines: Its log so far.
     """
 
     command = "kvstored"
+    runner: tuple[str, ...] = ()
 
     def __init__(self, *options: str, environment: dict[str, str] | None = None) -> None:
         self._listening = re.compile(rf"{self.command}: listening on (\S+)$")
@@ -48,7 +50,7 @@ class Daemon:
         self._news = threading.Condition()
         self._ended = False
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", _MODULES[self.command], *options],
+            [sys.executable, "-W", "error", "-m", *self.runner, _MODULES[self.command], *options],
             env={**os.environ, "PYTHONPATH": path, **(environment or {})},
             cwd="/",
             stdin=subprocess.DEVNULL,
@@ -151,7 +153,10 @@ class AgentProcess(Daemon):
 
 @contextmanager
 def daemon(
-    *options: str, environment: dict[str, str] | None = None, listeners: int = 1
+    *options: str,
+    environment: dict[str, str] | None = None,
+    listeners: int = 1,
+    kind: type[Daemon] = Daemon,
 ) -> Iterator[Daemon]:
     """Run `kvstored` on a port of its own, or where `--listen` says; it serves when this enters.
 
@@ -159,8 +164,9 @@ def daemon(
         options: As on its command line; 16 MiB of memory unless they say otherwise.
         environment: Variables beside those of the tests.
         listeners: How many endpoints `options` name.
+        kind: Another `Daemon`.
     """
-    with _running(Daemon(*_small(options), environment=environment), listeners) as process:
+    with _running(kind(*_small(options), environment=environment), listeners) as process:
         yield process
 
 

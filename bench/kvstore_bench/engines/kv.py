@@ -21,6 +21,7 @@ from kvstore_bench.meter import Meter, Travelled
 from kvstore_bench.relayed import POLICY, relay_all
 from kvstore_bench.workload import Contents, Keys, Operation, Words, Workload
 from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace, Run
+from kvstore_client.selector import Policy
 
 POOL = "kvbench"
 # The working set is stored with this many puts under way, whatever iodepth is.
@@ -59,7 +60,7 @@ class KvEngine(SlotEngine):
             node_id=f"kvbench-{job.name}-{task.clone}"[:64],
             deadline_s=job.deadline,
             relays=task.relays,
-            policy=POLICY,
+            policy=POLICY if task.relays else Policy.BALANCED,
             transport=job.client_transport,
             verify=job.verify_checksums,
         )

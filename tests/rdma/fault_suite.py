@@ -1,0 +1,455 @@
+"""RDMA as users see it when something breaks: whatever it is, requests end with an outcome, memory
+comes back to its owner, and the next ones work.
+
+Runs on every implementation of verbs that has the fixture `verbs`. Rule: once a handle is quiet
+nobody writes into its memory. So tests stain it then, let the other side go on, and look whether
+the stain has stayed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from kvstore.errors import LocalProtocolError, TransportError
+from kvstore.messages import FetchOutcome, PutOutcome
+from kvstore.transport import verbs as verbs_module
+from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.verbs import Verbs
+from kvstore_client import AsyncClient, AsyncFetchHandle, Namespace, Region
+from tests.support.cluster import Node, chain, connected, open_pool, serve, until
+from tests.support.engine import content
+from tests.support.memorypeer import descriptors
+from tests.support.processes import Daemon
+from tests.support.rdmaprocesses import doomed, rdma_daemon
+from tests.support.rdmaserved import (
+    LISTEN,
+    active_end,
+    fetch_into,
+    link_of,
+    passive_end,
+    port_down,
+    put_blocks,
+    queue_pair_count,
+    removed,
+    served,
+    slow_down,
+    stain,
+    stained,
+    up_again,
+)
+
+HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
+KIB = 1024
+COUNT = 32
+KEYS = chain(COUNT)
+#: Large enough for something to be under way for a while.
+BLOCK = 512 * KIB
+SIZE = COUNT * BLOCK
+ARENA_BYTES = 2 * SIZE
+
+
+@asynccontextmanager
+async def filled() -> AsyncIterator[tuple[Node, AsyncClient, Namespace, Region]]:
+    """A daemon that holds large blocks, a client of it, and its memory for them."""
+    async with served((BLOCK,), arena_bytes=ARENA_BYTES) as (node, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        yield node, client, namespace, await client.allocate(SIZE)
+
+
+async def under_way(region: Region) -> None:
+    """Return when the first bytes have come into memory that was stained."""
+    await until(lambda: not stained_at(region, 0) or not stained_at(region, SIZE // 2), "bytes")
+
+
+def stained_at(region: Region, at: int) -> bool:
+    """Whether nobody has written at a place."""
+    return bytes(region.view[at : at + 64]) == b"\xa5" * 64
+
+
+async def idle(node: Node) -> None:
+    """Return when a daemon has nothing under way."""
+    await until(lambda: not node.server.busy, f"{node.name} is idle")
+    await until(lambda: not any(node.store.index.pins[1:]), "nothing is pinned")
+
+
+class ClientFaultTests:
+    """See the module."""
+
+    @pytest.fixture(autouse=True)
+    def system(self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Clients and servers find these verbs."""
+        monkeypatch.setattr(verbs_module, "system_verbs", lambda: verbs)
+
+    # --- given up --------------------------------------------------------------------------
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    @pytest.mark.parametrize("end", ["cancel", "deadline"])
+    @pytest.mark.parametrize("order", ["block", "layer"])
+    async def test_nothing_is_written_after_a_fetch_that_was_given_up(
+        self, verbs: Verbs, end: str, order: str
+    ) -> None:
+        async with filled() as (node, client, namespace, region):
+            slow_down(verbs)
+            stain(region)
+            deadline_s = 0.05 if end == "deadline" else 600
+            handle = client.fetch(namespace, KEYS, region.view, order=order, deadline_s=deadline_s)
+            if end == "cancel":
+                await under_way(region)
+                handle.cancel()
+            result = await handle
+            await handle.quiesced()
+            assert set(result.outcomes) <= {HIT, UNAVAILABLE if end == "cancel" else TIMEOUT}
+            assert not result.ok
+            assert region.users == 0
+            stain(region)
+            await idle(node)
+            slow_down(verbs, False)
+            other = await client.allocate(SIZE)
+            assert (await fetch_into(client, namespace, KEYS, other)).ok
+            assert stained(region)
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    @pytest.mark.parametrize("end", ["cancel", "deadline", "cut"])
+    async def test_nothing_is_read_after_a_put_that_was_given_up(
+        self, verbs: Verbs, end: str
+    ) -> None:
+        async with served((BLOCK,), arena_bytes=ARENA_BYTES) as (node, client, namespace):
+            region = await client.allocate(SIZE)
+            for number, name in enumerate(KEYS):
+                region.view[number * BLOCK : (number + 1) * BLOCK] = content(name, BLOCK)
+            slow_down(verbs)
+            deadline_s = 0.05 if end == "deadline" else 600
+            handle = client.put(namespace, KEYS, region.view, deadline_s=deadline_s)
+            if end != "deadline":
+                await until(lambda: any(q.reads_out for q in active_end(node).queues), "a READ")
+            if end == "cancel":
+                handle.cancel()
+            elif end == "cut":
+                link_of(client)._take_down(TransportError("cut by the test"))
+            result = await handle
+            await handle.quiesced()
+            stain(region)
+            assert not result.ok
+            assert set(result.outcomes) <= {
+                PutOutcome.STORED,
+                PutOutcome.TIMEOUT,
+                PutOutcome.UNAVAILABLE,
+            }
+            await idle(node)
+            await until(lambda: node.store.index.reserved_count == 0, "nothing is reserved")
+            slow_down(verbs, False)
+            await up_again(client, namespace)
+            # What is stored is right: nothing of the stain came there.
+            found = await fetch_into(client, namespace, KEYS, region)
+            assert set(found.outcomes) <= {HIT, FetchOutcome.MISS}
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    @pytest.mark.parametrize("breaks", ["server", "client", "killed"])
+    async def test_nothing_is_written_after_a_lost_link(self, verbs: Verbs, breaks: str) -> None:
+        async with filled() as (node, client, namespace, region):
+            slow_down(verbs)
+            stain(region)
+            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+            await under_way(region)
+            if breaks == "server":
+                for connection in list(node.server.connections):
+                    connection.connection.close(TransportError("cut by the test"))
+            elif breaks == "client":
+                link_of(client)._take_down(TransportError("cut by the test"))
+            else:
+                await node.kill()
+            result = await handle
+            await handle.quiesced()
+            assert UNAVAILABLE in result.outcomes
+            assert result.errors
+            stain(region)
+            slow_down(verbs, False)
+            if breaks == "killed":
+                await node.start(fresh=False)
+            await up_again(client, namespace)
+            other = await client.allocate(SIZE)
+            assert (await fetch_into(client, namespace, KEYS, other)).ok
+            assert stained(region)
+            # All regions are there again.
+            assert (await fetch_into(client, namespace, KEYS, region)).ok
+
+    @pytest.mark.asyncio
+    async def test_closed_client_leaves_memory_that_nobody_writes_into(self, verbs: Verbs) -> None:
+        async with filled() as (node, _, _, _):
+            client = AsyncClient(node.uri, transport="rdma")
+            await client.start()
+            region = await client.allocate(SIZE)
+            view = region.view[:]
+            slow_down(verbs)
+            stain(region)
+            handle = client.fetch(await open_pool(client, BLOCK), KEYS, view, deadline_s=600)
+            await under_way(region)
+            await client.close()
+            assert handle.poll()
+            assert handle.quiet.done()
+            view[:] = bytes(SIZE)
+            await until(lambda: len(node.server.sessions) == 1, "its session is gone")
+            await idle(node)
+            assert bytes(view) == bytes(SIZE)
+            slow_down(verbs, False)
+            del view, region
+
+    @pytest.mark.asyncio
+    async def test_region_in_use_is_not_freed(self, verbs: Verbs) -> None:
+        async with filled() as (node, client, namespace, region):
+            node.gate.chunks_left = 0
+            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+            await until(lambda: node.gate._waiting, "it is under way")
+            with pytest.raises(LocalProtocolError, match="in use by 1 requests: wait for `quiet`"):
+                await client.free(region)
+            node.gate.open()
+            assert (await handle).ok
+            await handle.quiesced()
+            await client.free(region)
+            with pytest.raises(LocalProtocolError, match="was freed before"):
+                await client.free(region)
+
+    # --- keys ------------------------------------------------------------------------------
+
+    @pytest.mark.asyncio
+    @pytest.mark.parametrize("kind", ["fetch", "put"])
+    async def test_memory_whose_registration_is_gone(self, verbs: Verbs, kind: str) -> None:
+        async with filled() as (node, client, namespace, region):
+            async with connected([node], transport="rdma", node_id="other") as other:
+                good = await other.allocate(SIZE)
+                theirs = await open_pool(other, BLOCK)
+                for registration in region.registrations.values():
+                    registration._view = memoryview(b"")  # its keys are told as before
+                    for one in registration._regions:
+                        assert one is not None
+                        one.close()
+                stain(region)
+                if kind == "fetch":
+                    handle = client.fetch(namespace, KEYS, region.view)
+                    result = await handle
+                    assert UNAVAILABLE in result.outcomes
+                else:
+                    names = chain(COUNT, start=100)
+                    await client.delete(namespace, KEYS)
+                    handle = client.put(namespace, names, region.view)  # type: ignore[assignment]
+                    result = await handle
+                    assert PutOutcome.UNAVAILABLE in result.outcomes  # type: ignore[comparison-overlap]
+                await handle.quiesced()
+                assert "may not be reached" in str(result.errors), result.errors
+                assert stained(region)
+                assert node.counter("rdma_queue_failures") > 0
+                # Others do not notice, and with other memory it goes on.
+                if kind == "put":
+                    await put_blocks(other, theirs, KEYS)
+                assert (await fetch_into(other, theirs, KEYS, good)).ok
+                mine = await client.allocate(SIZE)
+                await until(lambda: link_of(client).up, "it is connected again")
+                await up_again(client, namespace)
+                await idle(node)
+                for _ in range(3):
+                    if (await fetch_into(client, namespace, KEYS, mine)).ok:
+                        break
+                    await up_again(client, namespace)
+                assert (await fetch_into(client, namespace, KEYS, mine)).ok
+                for registration in region.registrations.values():
+                    registration._view = None
+                region.registrations.clear()
+
+    # --- rails -----------------------------------------------------------------------------
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_rail_that_dies_in_mid_transfer(self, verbs: Verbs) -> None:
+        async with filled() as (node, client, namespace, region):
+            if len(passive_end(client).queues) < 2:
+                pytest.skip("one device only")
+            slow_down(verbs)
+            stain(region)
+            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+            await under_way(region)
+            with port_down(verbs, verbs.devices()[1].name):
+                result = await handle
+                await handle.quiesced()
+                slow_down(verbs, False)
+                assert set(result.outcomes) == {HIT, UNAVAILABLE}
+                for number, outcome in enumerate(result.outcomes):
+                    if outcome is HIT:
+                        block = region.view[number * BLOCK : (number + 1) * BLOCK]
+                        assert block == content(KEYS[number], BLOCK)
+                assert result.errors
+                await until(lambda: len(active_end(node).queues) == 1, "it is left out")
+                await idle(node)
+                assert (await fetch_into(client, namespace, KEYS, region)).ok
+            assert link_of(client).up
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_device_that_is_removed_in_mid_transfer_and_comes_back(
+        self, verbs: Verbs
+    ) -> None:
+        async with AsyncExitStack() as stack:
+            node, client, namespace, region = await stack.enter_async_context(filled())
+            if len(passive_end(client).queues) < 2:
+                pytest.skip("one device only")
+            slow_down(verbs)
+            stain(region)
+            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+            await under_way(region)
+            with removed(verbs, verbs.devices()[1].name):
+                result = await handle
+                await handle.quiesced()
+                slow_down(verbs, False)
+                assert set(result.outcomes) == {HIT, UNAVAILABLE}
+                await until(lambda: len(active_end(node).queues) == 1, "it is left out")
+                await idle(node)
+                assert (await fetch_into(client, namespace, KEYS, region)).ok
+                # Who connects now has one rail.
+                async with connected([node], transport="rdma", node_id="late") as late:
+                    assert len(passive_end(late).queues) == 1
+                    other, theirs = await late.allocate(SIZE), await open_pool(late, BLOCK)
+                    assert (await fetch_into(late, theirs, KEYS, other)).ok
+                # The kernel lets go of it when all of its users have.
+                await stack.aclose()
+        async with filled() as (_, client, namespace, region):
+            assert len(passive_end(client).queues) == 2
+            assert (await fetch_into(client, namespace, KEYS, region)).ok
+
+    # --- processes that end ----------------------------------------------------------------
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["fetch", "put"])
+    async def test_client_that_is_killed_leaves_nothing_behind(
+        self, verbs: Verbs, kind: str
+    ) -> None:
+        async with filled() as (node, client, namespace, region):
+            (server,) = node.server.rdma.values()
+            mine = passive_end(client)
+            if kind == "put":
+                assert all(await client.delete(namespace, KEYS))
+            slow_down(verbs)
+            async with doomed(verbs, node.uri, kind, COUNT, BLOCK) as process:
+                await until(
+                    lambda: any(
+                        end.queues and end.active and any(queue.outstanding for queue in end.queues)
+                        for end in server._ends
+                    ),
+                    "bytes",
+                )
+                process.kill()
+                await process.wait()
+            await until(lambda: len(node.server.sessions) == 1, "its session is gone")
+            slow_down(verbs, False)
+            await idle(node)
+            await until(lambda: not node.store.index.reserved_count, "nothing is reserved")
+            assert len(server._ends) == 1
+            # Nobody else notices.
+            assert passive_end(client) is mine
+            names = chain(COUNT // 2, start=100)
+            await put_blocks(client, namespace, names)
+            assert (await fetch_into(client, namespace, names, region)).ok
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_daemon_that_is_killed_costs_what_had_not_come(self, verbs: Verbs) -> None:
+        with rdma_daemon(verbs, "--memory", str(ARENA_BYTES)) as process:
+            async with _halfway(verbs, process) as (client, namespace, region, handle):
+                process.signal(signal.SIGKILL)
+                process.wait()
+                result = await handle
+                await handle.quiesced()
+                assert UNAVAILABLE in result.outcomes
+                assert region.users == 0
+                stain(region)
+                slow_down(verbs, False)
+                with rdma_daemon(verbs, "--memory", str(ARENA_BYTES), listen=process.uri):
+                    await up_again(client, namespace)
+                    await put_blocks(client, namespace, KEYS[:8])
+                    assert stained(region)
+                    assert (await fetch_into(client, namespace, KEYS[:8], region)).ok
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    @pytest.mark.parametrize("end", ["deadline", "cancel"])
+    async def test_daemon_that_was_stopped_keeps_no_memory(self, verbs: Verbs, end: str) -> None:
+        with rdma_daemon(verbs, "--memory", str(ARENA_BYTES)) as process:
+            deadline_s = 0.5 if end == "deadline" else 600
+            async with _halfway(verbs, process, deadline_s) as (client, namespace, region, handle):
+                process.signal(signal.SIGSTOP)
+                try:
+                    if end == "cancel":
+                        handle.cancel()
+                    result = await handle
+                    # It does not hear of it: the queue pairs are taken down here.
+                    await handle.quiesced()
+                    assert not result.ok
+                    assert set(result.outcomes) <= {HIT, TIMEOUT, UNAVAILABLE}
+                    assert "does not end a cancelled request" in str(link_of(client).last_error)
+                    stain(region)
+                finally:
+                    process.signal(signal.SIGCONT)
+                slow_down(verbs, False)
+                await up_again(client, namespace)
+                other = await client.allocate(SIZE)
+                assert (await fetch_into(client, namespace, KEYS, other)).ok
+                assert stained(region)
+
+    # --- leaks -----------------------------------------------------------------------------
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_a_thousand_connects_leak_nothing(self, verbs: Verbs) -> None:
+        async with served((4096,)) as (node, client, namespace):
+            keys = KEYS[:4]
+            await put_blocks(client, namespace, keys)
+            (server,) = node.server.rdma.values()
+            before: tuple[object, ...] = ()
+            for number in range(1000):
+                async with connected([node], transport="rdma", node_id="again") as again:
+                    assert link_of(again).up
+                    if number % 10 == 2:
+                        theirs = await open_pool(again, 4096)
+                        region = await again.allocate(4 * 4096)
+                        assert (await fetch_into(again, theirs, keys, region)).ok
+                        if number % 20 == 2:
+                            await again.free(region)
+                        del region
+                await until(lambda: len(server._ends) == 1, "its session is gone")
+                if number == 2:
+                    before = await _held(verbs, server)
+            assert await _held(verbs, server) == before
+
+
+@asynccontextmanager
+async def _halfway(
+    verbs: Verbs, process: Daemon, deadline_s: float = 600
+) -> AsyncIterator[tuple[AsyncClient, Namespace, Region, AsyncFetchHandle]]:
+    """A client of a daemon in its own process, and a fetch whose first bytes have come."""
+    async with connected(process.uri, transport="rdma", deadline_s=60) as client:
+        namespace = await open_pool(client, BLOCK)
+        await put_blocks(client, namespace, KEYS)
+        region = await client.allocate(SIZE)
+        stain(region)
+        slow_down(verbs)
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=deadline_s)
+        await under_way(region)
+        yield client, namespace, region, handle
+
+
+async def _held(verbs: Verbs, server: RdmaNode) -> tuple[object, ...]:
+    """What this process and its devices hold."""
+    await asyncio.sleep(0)
+    return (
+        descriptors("self"),
+        queue_pair_count(verbs),
+        len(server._memory),
+        [(len(rail.queues), rail.reserved) for rail in server._rails],
+    )
