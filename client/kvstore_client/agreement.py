@@ -23,6 +23,10 @@ from kvstore_client.transports import AUTO
 
 logger = logging.getLogger(__name__)
 
+# For a peer that has seen our last queue pair fail to say how its requests have ended, and why:
+# twice what it takes itself until it closes the session.
+LAST_WORDS_S = 0.2
+
 
 class Channels(NamedTuple):
     """The three connections of a link that is up."""
@@ -157,10 +161,14 @@ class Agreement:
             except RemoteProtocolError as error:
                 fetch.close(error)
 
+        def give_up(error: Exception) -> None:
+            if not channels.control.closed:
+                on_failed(error)
+
         def on_error(error: Exception) -> None:
             logger.warning("rdma to %s: %s", welcome.node_id, error)
             if end.failed is not None:
-                on_failed(error)
+                self._loop.call_later(LAST_WORDS_S, give_up, error)
 
         try:
             end.on_run, end.on_failed = on_run, on_error

@@ -86,8 +86,9 @@ class Region:
         for registration in registrations:
             registration.close()
         self.view = memoryview(b"")
-        if self._shared is not None and self._owned:
-            self._shared.close()
+        shared, self._shared = self._shared, None  # or we would keep what its last slice frees
+        if shared is not None and self._owned:
+            shared.close()
 
 
 class Regions:

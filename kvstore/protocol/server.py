@@ -8,7 +8,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 
@@ -23,6 +23,7 @@ from kvstore.errors import (
 )
 from kvstore.framing import Frame
 from kvstore.messages import (
+    REASONS_MAX,
     REQUESTS,
     Done,
     FetchOutcome,
@@ -35,6 +36,7 @@ from kvstore.messages import (
     Want,
     Welcome,
     decode,
+    reasons,
 )
 from kvstore.protocol.base import FrameProtocol
 from kvstore.protocol.placing import FetchSink, PutPuller
@@ -193,15 +195,9 @@ class _PutReceiver:
         return done
 
 
-DoneT = TypeVar("DoneT", Done, PutDone)
-
-
-def _with_reason(done: DoneT, failure: Exception | None) -> DoneT:
-    """The end of a request, with why its payload could not be moved, if so, before all else."""
-    if failure is None:
-        return done
-    errors = (*reasons([failure]), *done.errors)[:REASONS_MAX]
-    return msgspec.structs.replace(done, errors=errors)
+def _told(failure: Exception, errors: Sequence[str]) -> tuple[str, ...]:
+    """What is said of a request whose payload could not be moved: why, before all else."""
+    return (*reasons((failure,)), *errors)[:REASONS_MAX]
 
 
 class ServerProtocol(FrameProtocol):
@@ -378,8 +374,11 @@ class ServerProtocol(FrameProtocol):
         self._waiting.discard(request_id)
         self._let_go(request_id)
         done: Done | ViewReply = self._hooks.fetch_done(request_id, serving.stream)
-        if serving.sink is not None and isinstance(done, Done):
-            done = serving.sink.amend(_with_reason(done, serving.sink.failure))
+        sink = serving.sink
+        if sink is not None and isinstance(done, Done):
+            if sink.failure is not None:
+                done = msgspec.structs.replace(done, errors=_told(sink.failure, done.errors))
+            done = sink.amend(done)
         if isinstance(done, ViewReply):
             self.reply(FrameType.VIEW, request_id, done)
         else:
@@ -596,8 +595,10 @@ class ServerProtocol(FrameProtocol):
         if len(self._ended_puts) > ENDED_PUTS_MAX:
             self._ended_puts.popitem(last=False)
         done = self._hooks.put_done(request_id, put.stream)
-        failure = put.puller.failure if put.puller is not None else None
-        self._send(FrameType.PUT_DONE, request_id, _with_reason(done, failure))
+        if put.puller is not None and put.puller.failure is not None:
+            errors = _told(put.puller.failure, done.errors)
+            done = msgspec.structs.replace(done, errors=errors)
+        self._send(FrameType.PUT_DONE, request_id, done)
 
     def _count_reserved(self, put: _PutReceiver) -> None:
         reserved_bytes = put.stream.reserved_bytes

@@ -7,9 +7,36 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.errors import TransportError
+from kvstore.messages import FetchOutcome, PutOutcome
+from kvstore.transport import verbs as verbs_module
 from kvstore.transport.verbs import Verbs
-from tests.rdma.fault_suite import ClientFaultTests
-from tests.support.fakeverbs import FakeVerbs
+from kvstore_client import link as link_module
+from tests.rdma.fault_suite import ClientFaultTests, idle
+from tests.support.agents import run_agents
+from tests.support.bothways import relay_next
+from tests.support.cluster import MIB, chain, connected, contents, open_pool, serve, until
+from tests.support.fakeverbs import PACKET_BYTES, FakeVerbs
+from tests.support.loops import turns
+from tests.support.rdmaserved import (
+    LISTEN,
+    active_end,
+    fetch_into,
+    link_of,
+    put_blocks,
+    served,
+    stain,
+    stained,
+    up_again,
+    ways,
+)
+
+HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
+COUNT = 8
+KEYS = chain(COUNT)
+#: Two packets and a bit: so it can be cut in the middle of a block.
+BLOCK = 2 * PACKET_BYTES + 1000
+SIZE = COUNT * BLOCK
 
 
 @pytest.fixture
@@ -27,3 +54,152 @@ class TestFake(ClientFaultTests):
     def verbs(self, fake: FakeVerbs) -> Verbs:
         """An own network."""
         return fake
+
+
+@pytest.fixture
+def system(fake: FakeVerbs, monkeypatch: pytest.MonkeyPatch) -> FakeVerbs:
+    """Clients and servers find these verbs."""
+    monkeypatch.setattr(verbs_module, "system_verbs", lambda: fake)
+    return fake
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["deadline", "cancel", "cut"])
+@pytest.mark.parametrize("packets", [0, 1, 5, 12])
+async def test_what_is_under_way_is_cut_off_before_memory_is_given_back(
+    system: FakeVerbs, end: str, packets: int
+) -> None:
+    async with served((BLOCK,)) as (node, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        region = await client.allocate(SIZE)
+        system.hold()
+        deadline_s = 0.05 if end == "deadline" else 600
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=deadline_s)
+        await until(lambda: system.waiting() > 0, "it is under way")
+        system.step(packets)
+        if end == "cancel":
+            handle.cancel()
+        elif end == "cut":
+            link_of(client)._take_down(TransportError("cut by the test"))
+        result = await handle
+        # The daemon cannot end it: so the queue pairs are.
+        await handle.quiesced()
+        assert set(result.outcomes) <= {HIT, TIMEOUT, UNAVAILABLE}
+        assert not result.ok
+        stain(region)
+        system.release()
+        await until(lambda: system.waiting() == 0, "all packets")
+        await idle(node)
+        assert stained(region)
+        await up_again(client, namespace)
+        assert (await fetch_into(client, namespace, KEYS, region)).ok
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("kind", ["fetch", "put"])
+async def test_memory_is_not_given_back_before_the_last_word(
+    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(link_module, "CANCEL_GRACE_S", 3600)
+    async with served((BLOCK,)) as (node, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        region = await client.allocate(SIZE)
+        names = KEYS if kind == "fetch" else chain(COUNT, start=100)
+        system.hold()
+        begin = client.fetch if kind == "fetch" else client.put
+        handle = begin(namespace, names, region.view, deadline_s=600)
+        await until(lambda: system.waiting() > 0, "it is under way")
+        system.step(3)
+        handle.cancel()
+        assert handle.poll()
+        await until(lambda: node.server.counters["requests_cancel"] == 1, "the CANCEL")
+        await turns()
+        assert not handle.quiet.done()
+        assert region.users == 1
+        system.release()
+        await handle.quiesced()
+        assert region.users == 0
+        stain(region)
+        await idle(node)
+        assert stained(region)
+        # The connection was not given up for it.
+        assert node.server.counters["connections_accepted"] == 3
+        assert (await fetch_into(client, namespace, KEYS, region)).ok
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+async def test_device_that_completes_nothing_is_given_up(system: FakeVerbs) -> None:
+    async with served((BLOCK,)) as (node, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        region = await client.allocate(SIZE)
+        system.hold()
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+        result = await handle
+        await handle.quiesced()
+        assert result.outcomes == [UNAVAILABLE] * COUNT
+        assert "nothing has completed for 2 s" in str(result.errors), result.errors
+        stain(region)
+        system.release()
+        await until(lambda: client.cluster.counters["reconnects"] == 1, "a new session")
+        await up_again(client, namespace)
+        await idle(node)
+        assert stained(region)
+        assert (await fetch_into(client, namespace, KEYS, region)).ok
+        assert active_end(node).failed is None
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+async def test_relay_that_is_killed_in_mid_transfer_costs_no_answer(system: FakeVerbs) -> None:
+    async with (
+        serve(listen=LISTEN, arena_bytes=4 * MIB) as (node,),
+        run_agents([node], listen=(LISTEN,), transport="rdma", policy="direct") as (agent,),
+        connected(
+            [node], relays=[agent.uri], policy="round_robin", transport="rdma", deadline_s=60
+        ) as client,
+    ):
+        namespace = await open_pool(client, BLOCK)
+        await put_blocks(client, namespace, KEYS)
+        (to_relay,) = client.cluster.relays.links
+        await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
+        region = await client.allocate(SIZE)
+        await relay_next(client)
+        assert ways(await fetch_into(client, namespace, KEYS, region)) == {("relay", "rdma")}
+        await relay_next(client)
+        stain(region)
+        system.hold()  # what it holds is on its way from there
+        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+        await until(lambda: system.waiting() > 0, "it is under way")
+        system.step(5)
+        await agent.kill()
+        system.release()
+        result = await handle
+        await handle.quiesced()
+        assert result.ok, (result.outcomes, result.errors)
+        assert ("direct", "rdma") in ways(result)
+        assert region.view == b"".join(contents(KEYS, BLOCK))
+
+
+@pytest.mark.asyncio
+async def test_put_that_timed_out_leaves_only_whole_blocks(system: FakeVerbs) -> None:
+    async with served((BLOCK,)) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        region.view[:] = b"".join(contents(KEYS, BLOCK))
+        system.hold()
+        handle = client.put(namespace, KEYS, region.view, deadline_s=0.05)
+        await until(lambda: system.waiting() > 0, "it is under way")
+        system.step(4)
+        result = await handle
+        system.release()
+        await handle.quiesced()
+        assert set(result.outcomes) <= {PutOutcome.STORED, PutOutcome.TIMEOUT}
+        assert PutOutcome.TIMEOUT in result.outcomes
+        stain(region)
+        await idle(node)
+        await until(lambda: node.store.index.reserved_count == 0, "nothing is reserved")
+        await up_again(client, namespace)
+        found = await fetch_into(client, namespace, KEYS, region)
+        assert set(found.outcomes) <= {HIT, FetchOutcome.MISS}
+        assert FetchOutcome.MISS in found.outcomes

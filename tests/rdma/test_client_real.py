@@ -8,6 +8,7 @@ import pytest
 from kvstore.transport.pyverbs_layer import PyVerbs
 from kvstore.transport.verbs import Verbs, VerbsError
 from tests.rdma.client_suite import ClientTests
+from tests.rdma.fault_suite import ClientFaultTests
 from tests.support.verbsends import rail_setups
 
 try:
@@ -18,10 +19,15 @@ if not _found:
     pytest.skip("no RDMA device here (make test-rdma)", allow_module_level=True)
 
 
-class TestReal(ClientTests):
-    """The suite."""
+@pytest.fixture
+def verbs() -> Verbs:
+    """Those of the system."""
+    return PyVerbs()
 
-    @pytest.fixture
-    def verbs(self) -> Verbs:
-        """Those of the system."""
-        return PyVerbs()
+
+class TestClient(ClientTests):
+    """What works."""
+
+
+class TestFaults(ClientFaultTests):
+    """What breaks."""

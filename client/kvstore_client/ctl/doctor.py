@@ -19,11 +19,11 @@ from kvstore_client.ctl.doctor_peer import (
     check_peer,
     check_transfer,
     foreign_agent,
-    no_device,
     not_offered,
     transports_to_try,
+    unable,
 )
-from kvstore_client.ctl.doctor_rdma import check_rdma
+from kvstore_client.ctl.doctor_rdma import check_rdma, rdma_missing
 from kvstore_client.ctl.doctor_rdma_facts import RdmaFacts, rails_of
 from kvstore_client.ctl.doctor_shared import check_shared
 from kvstore_client.ctl.doctor_transfer import POOL, ask_peer, source_address, transfer
@@ -59,8 +59,8 @@ which they were made. endpoint is null for this host. verdict is ok, warning, fa
 not_checked. remedy is null where nothing is to be done. values is an object, empty for most:
 of a port netdev, link_layer; of a gid index, gid, kind; of an mtu mtu_bytes, netdev_mtu_bytes
 (0: unknown); of rails rails; of locked memory limit_bytes, hard_limit_bytes (null: none),
-needed_bytes; of same host user_id; of a connection node_id, role, round_trip_ms; of an offer
-transports; of a transfer transport, rails, block_bytes, put_ms, fetch_ms.
+needed_bytes; of peers on this host user_id; of a connection node_id, role, round_trip_ms; of an
+offer transports; of a transfer transport, rails, block_bytes, put_ms, fetch_ms.
 
 exit status: 0 no check has failed, warnings or not; 1 one has; 2 an option cannot be
 """
@@ -79,7 +79,8 @@ def add_parser(subparsers: Subparsers[Any]) -> None:
         "peer",
         metavar="URI",
         nargs="?",
-        help="a daemon or an agent: tcp://HOST:PORT, rdma://HOST:PORT[?device=NAME] or unix:///PATH",
+        help="a daemon or an agent: tcp://HOST:PORT, rdma://HOST:PORT[?device=NAME] or"
+        " unix:///PATH",
     )
     parser.add_argument(
         "--memory",
@@ -137,8 +138,9 @@ async def _check_way(
     if facts.error:
         return findings
     for name in transports_to_try(facts, asked):
-        if name == RDMA and rdma.idle:
-            findings.append(no_device(facts))
+        reason = rdma_missing(rdma) if name == RDMA else ""
+        if reason:
+            findings.append(unable(facts, reason))
             continue
         rails = rails_of(rdma).rails if name == RDMA else ()
         names = [f"{rail.device}:{rail.port}" for rail in rails]

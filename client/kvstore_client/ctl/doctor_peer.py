@@ -3,7 +3,7 @@ Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from kvstore.memorymessages import RDMA, SHM, VIEWS
@@ -176,15 +176,10 @@ def not_offered(peer: PeerFacts, asked: Sequence[str]) -> list[Finding]:
     ]
 
 
-def no_device(peer: PeerFacts) -> Finding:
-    """RDMA is offered, and there is nothing here that could do it."""
-    return Finding(
-        f"transfer by {RDMA}",
-        Verdict.NOT_CHECKED,
-        f"this host has no RDMA device: {peer.stream} is used, with a warning in the log",
-        "",
-        peer.endpoint,
-    )
+def unable(peer: PeerFacts, reason: str) -> Finding:
+    """RDMA is offered, and this host cannot do it: the checks of this host say what to do."""
+    found = f"{reason}: with transport=auto {peer.stream} is used, and the log says so"
+    return Finding(f"transfer by {RDMA}", Verdict.NOT_CHECKED, found, "", peer.endpoint)
 
 
 def check_transfer(endpoint: str, transfer: TransferFacts) -> Finding:
@@ -193,11 +188,9 @@ def check_transfer(endpoint: str, transfer: TransferFacts) -> Finding:
     if transfer.refused:
         found = f"the peer does not take blocks of this test: {transfer.refused}"
         return Finding(name, Verdict.NOT_CHECKED, found, "", endpoint)
-    said = "; ".join(dict.fromkeys(transfer.warnings))
+    said = "; ".join(_news(endpoint, transfer))
     if transfer.error:
-        found = (
-            transfer.error if not said or said in transfer.error else f"{transfer.error}; {said}"
-        )
+        found = f"{transfer.error}; {said}" if said else transfer.error
         return Finding(name, Verdict.FAILED, found, _remedy(transfer), endpoint)
     moved = ", ".join(transfer.moved_by)
     rails = f" on {', '.join(transfer.rails)}" if transfer.rails else ""
@@ -221,11 +214,21 @@ def check_transfer(endpoint: str, transfer: TransferFacts) -> Finding:
     return Finding(name, verdict, found, remedy, endpoint, values)
 
 
+def _news(endpoint: str, transfer: TransferFacts) -> Iterator[str]:
+    """Warnings that say more than the error does, once each."""
+    error = transfer.error
+    for text in dict.fromkeys(transfer.warnings):
+        if not (error and (text.removeprefix(f"{endpoint}: ") in error or error in text)):
+            yield text
+
+
 def _remedy(transfer: TransferFacts) -> str:
     if transfer.transport == RDMA:
         return (
-            "kvctl doctor on both hosts; between them: UDP port 4791 open both ways (RoCE v2), the"
-            " same network or a route (ping -I), and the mtu: ping -M do -s 4172 PEER"
+            "kvctl doctor on both hosts; rails pair in their order: name the devices of one network"
+            " at the same place on both sides (?device=A,B); between them UDP port 4791 open both"
+            " ways (RoCE v2), a route (ping -I INTERFACE PEER), and the mtu (ping -M do -s 4164"
+            " PEER)"
         )
     if transfer.transport == SHM:
         return "run both as the same user; kvctl doctor on both sides"
@@ -243,7 +246,7 @@ __all__ = [
     "check_peer",
     "check_transfer",
     "foreign_agent",
-    "no_device",
     "not_offered",
     "transports_to_try",
+    "unable",
 ]

@@ -157,7 +157,8 @@ def check_memlock(facts: RdmaFacts) -> Iterator[Finding]:
     values = {"limit_bytes": soft, "hard_limit_bytes": hard, "needed_bytes": needed}
     told = "no limit" if soft is None else f"the limit is {format_size_bytes(soft)}"
     need = f"{format_size_bytes(limit.memory_bytes)} on {rail_count} "
-    need += f"rail{'s' * (rail_count > 1)} take {format_size_bytes(needed)}"
+    need += "rails take" if rail_count > 1 else "rail takes"
+    need += f" {format_size_bytes(needed)}"
     if facts.idle:
         yield Finding(name, Verdict.NOT_CHECKED, f"{told}; it is for RDMA alone", values=values)
     elif soft is None or soft >= needed:
@@ -196,4 +197,15 @@ def check_rdma(facts: RdmaFacts) -> Sequence[Finding]:
     return [finding for check in CHECKS for finding in check(facts)]
 
 
-__all__ = ["CHECKS", "RAIL_BYTES", "check_rdma"]
+def rdma_missing(facts: RdmaFacts) -> str:
+    """Why this host cannot do RDMA at all, "" if it may."""
+    if facts.idle:
+        return "this host has no RDMA device"
+    if facts.library.state is not Library.LOADS:
+        return "pyverbs does not load on this host"
+    if facts.devices_error:
+        return facts.devices_error
+    return rails_of(facts).error
+
+
+__all__ = ["CHECKS", "RAIL_BYTES", "check_rdma", "rdma_missing"]

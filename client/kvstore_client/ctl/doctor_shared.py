@@ -67,7 +67,7 @@ def check_protect(facts: SharedFacts) -> Iterator[Finding]:
 
 def check_place(facts: SharedFacts) -> Iterator[Finding]:
     """Whether peers on this host can be told, and who may share memory with us."""
-    name = "same host"
+    name = "peers on this host"
     if not facts.host:
         yield Finding(
             name,
