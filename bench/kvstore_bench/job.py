@@ -2,7 +2,8 @@
 
 Rule: an option that is listed here works, and one that works is listed here. The words and
 their meaning are fio's (fio.readthedocs.io) wherever fio has them; `batch`, `layers`, `order`,
-`ack`, `path`, `transport`, `verify_checksums`, `endpoint` and `deadline` are ours.
+`ack`, `path`, `transport`, `verify_checksums`, `endpoint`, `deadline`, `held`, `spin` and
+`spin_outside` are ours.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from kvstore.units import format_size_bytes, parse_size_bytes
 # More than one job writes at once into as many buffers, and each clone is a process.
 IODEPTH_MAX = 1024
 NUMJOBS_MAX = 64
+# Of one job. A thread more that spins changes nothing but whose turn it is.
+SPIN_MAX = 8
 # Blocks are stamped a word at a time.
 BLOCK_STEP_BYTES = 8
 
@@ -94,6 +97,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     order: str = "block"
     ack: str = "memory"
     deadline: float = 5.0
+    held: bool = False
+    spin: int = 0
+    spin_outside: bool = False
     given: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -248,8 +254,8 @@ OPTIONS: dict[str, Option] = {
         "how blocks travel, kv only. direct: from the daemon to us; relay: from the daemon to the"
         " agent of another node and from there to us, all of them, reads only; agent: by the agent"
         " of our own node, reads and writes. The job starts the agent, on this host, with memory"
-        " for what is under way and no more, so that it holds little of what it is asked for"
-        " (direct)",
+        " for what is under way and no more, so that it holds little of what it is asked for:"
+        " but see held (direct)",
     ),
     "transport": Option(
         _choice(*TRANSPORTS),
@@ -273,6 +279,25 @@ OPTIONS: dict[str, Option] = {
     ),
     "ack": Option(_choice("memory"), "memory", "a write is done when it is in the daemon's memory"),
     "deadline": Option(_deadline, "TIME", "an I/O that takes longer ends the job (5)"),
+    "held": Option(
+        _flag,
+        "0|1",
+        "path=agent and relay: the agent has memory for the working set, so that from the second"
+        " time on it sends what it holds and asks no daemon (0)",
+    ),
+    "spin": Option(
+        _number(0, SPIN_MAX),
+        "N",
+        "threads of pure Python that count for ever in each clone's process while it runs, as an"
+        " engine's scheduler does: what a busy interpreter costs its fetches. Their processor time"
+        " is shown apart and is not the client's (0)",
+    ),
+    "spin_outside": Option(
+        _flag,
+        "0|1",
+        "they spin in a process beside the clone: what the core that they take costs, without the"
+        " interpreter (0)",
+    ),
 }
 
 
@@ -342,6 +367,8 @@ def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
         refuse("verify", 1, f"ioengine={job.ioengine} stores nothing that could be compared")
     if job.ioengine == "raw" and job.rw not in ("read", "write"):
         refuse("rw", job.rw, "must be read or write: raw is one stream of bytes in order")
+    if job.spin_outside and not job.spin:
+        refuse("spin_outside", 1, "needs spin=N")
     if job.ioengine != "kv":  # the others have no paths
         return
     if job.transport not in _HOPS[job.path]:
@@ -349,3 +376,5 @@ def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
         refuse("transport", job.transport, f"{reason}: {_HOP_REASONS[job.path]}")
     if job.path == "relay" and job.writes:
         refuse("rw", job.rw, "path=relay carries reads only: what is written goes to the daemon")
+    if job.held and job.path == "direct":
+        refuse("held", 1, "path=direct has no agent that could hold anything")

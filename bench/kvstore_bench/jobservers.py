@@ -66,7 +66,9 @@ def arena_bytes(job: Job) -> int:
 
 def agent_bytes(job: Job) -> int:
     """Memory of the agent: the I/Os that are under way and one more, so that it must ask the
-    daemon for nearly all that it is asked for."""
+    daemon for nearly all that it is asked for; with `held`, as much as a daemon has."""
+    if job.held:
+        return max(AGENT_BYTES_MIN, arena_bytes(job))
     return max(AGENT_BYTES_MIN, (job.numjobs * job.iodepth + 1) * _io_bytes(job))
 
 

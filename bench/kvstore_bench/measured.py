@@ -53,6 +53,7 @@ class Measured:
         runtime_s: From the first I/O of any clone that counts to the end of the last.
         user_s, system_s: Processor time of the clones.
         server_s: Processor time of the servers; None if it is not known.
+        spin_s: Processor time of threads that spin.
         outcomes: Blocks by outcome.
     """
 
@@ -63,7 +64,8 @@ class Measured:
         self.runtime_s = (max(e.at_ns for e in ended) - min(b.at_ns for b in began)) / 1e9
         self.read = MeasuredDirection([clone.read for clone in clones], self.runtime_s)
         self.write = MeasuredDirection([clone.write for clone in clones], self.runtime_s)
-        self.user_s = sum(e.user_ns - b.user_ns for b, e in pairs) / 1e9
+        # Two clocks, of which one is coarser: their difference may come out below nothing.
+        self.user_s = max(0, sum(e.user_ns - b.user_ns for b, e in pairs)) / 1e9
         self.system_s = sum(e.system_ns - b.system_ns for b, e in pairs) / 1e9
         self.switches = sum(e.switches - b.switches for b, e in pairs)
         self.major_faults = sum(e.major_faults - b.major_faults for b, e in pairs)
@@ -71,6 +73,7 @@ class Measured:
         # Percentages are of the time of one clone, as fio's are.
         self.clones_s = sum(e.at_ns - b.at_ns for b, e in pairs) / 1e9
         self.server_s = _server_s(clones, shared=job.ioengine == "kv") if server_known else None
+        self.spin_s = sum(e.spin_ns - b.spin_ns for b, e in pairs) / 1e9
         self.wrong_blocks = sum(clone.wrong_blocks for clone in clones)
         self.checked_blocks = sum(clone.checked_blocks for clone in clones)
         self.outcomes: Counter[str] = Counter()

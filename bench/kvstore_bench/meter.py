@@ -39,7 +39,9 @@ class Usage(msgspec.Struct, frozen=True):
 
     Attributes:
         at_ns: Of the monotonic clock, which all processes of a host share.
+        user_ns: Without threads that spin in this process.
         server_ns: Processor time of the servers; None if that is not known.
+        spin_ns: Processor time of threads that spin, here or beside.
     """
 
     at_ns: int
@@ -49,21 +51,28 @@ class Usage(msgspec.Struct, frozen=True):
     switches: int
     major_faults: int
     minor_faults: int
+    spin_ns: int = 0
 
 
-def usage(server_pids: Sequence[int]) -> Usage:
-    """What was used until now."""
+def usage(server_pids: Sequence[int], spin_ns: int = 0, spin_outside: bool = False) -> Usage:
+    """What was used until now.
+
+    Args:
+        spin_ns: By threads that spin.
+        spin_outside: Whether they do so in another process.
+    """
     own = resource.getrusage(resource.RUSAGE_SELF)
     servers = [cpu_ns(pid) for pid in server_pids]
     known = [used for used in servers if used is not None]
     return Usage(
         at_ns=clock_ns(),
-        user_ns=int(own.ru_utime * 1e9),
+        user_ns=int(own.ru_utime * 1e9) - (0 if spin_outside else spin_ns),
         system_ns=int(own.ru_stime * 1e9),
         server_ns=sum(known) if servers and len(known) == len(servers) else None,
         switches=own.ru_nvcsw + own.ru_nivcsw,
         major_faults=own.ru_majflt,
         minor_faults=own.ru_minflt,
+        spin_ns=spin_ns,
     )
 
 
@@ -142,13 +151,18 @@ class Meter:
         server_pids: Processes whose time counts as the servers'.
         on_progress: Called now and then with (bytes read, bytes written) so far, those of
             the ramp included.
+        spin_ns: Processor time of the threads that spin, so far.
 
     Attributes:
         outcomes: Blocks by outcome, those of the ramp left out.
     """
 
     def __init__(
-        self, job: Job, server_pids: Sequence[int], on_progress: Callable[[int, int], None]
+        self,
+        job: Job,
+        server_pids: Sequence[int],
+        on_progress: Callable[[int, int], None],
+        spin_ns: Callable[[], int] = lambda: 0,
     ) -> None:
         self.read = Direction()
         self.write = Direction()
@@ -158,6 +172,8 @@ class Meter:
         self.checked_blocks = 0
         self._pids = server_pids
         self._on_progress = on_progress
+        self._spin_ns = spin_ns
+        self._spin_outside = job.spin_outside
         self._seen = [0, 0]
         self._progress_at_ns = 0
         self._ramp_ns = int(job.ramp_time * 1e9)
@@ -179,7 +195,7 @@ class Meter:
         if began_ns < self._counts_from_ns:
             return False
         if self._began is None:
-            self._began = usage(self._pids)
+            self._began = self._usage()
         return True
 
     def over(self, now_ns: int) -> bool:
@@ -221,7 +237,10 @@ class Meter:
 
     def finish(self) -> None:
         """The last I/O has ended: what is used from now on does not count."""
-        self._ended = usage(self._pids)
+        self._ended = self._usage()
+
+    def _usage(self) -> Usage:
+        return usage(self._pids, self._spin_ns(), self._spin_outside)
 
     def totals(self) -> Totals:
         """Everything that was counted, after `finish`."""

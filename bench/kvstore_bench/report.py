@@ -5,7 +5,8 @@ JSON history (`"kvbench format"`):
 1   fio 3's names and units. An I/O of `kv` is a batch of blocks. Ours beside fio's: `trial`,
     `cpu` and `blocks` in each job, `batch` always among its options; `blocks_iops`, blocks a
     second, beside `iops`; `transports` and `paths`, bytes by what moved them and by the path,
-    in each direction; `summary` and `warnings` over several trials.
+    in each direction; `spin`, the threads that spin in each clone and their processor time;
+    `summary` and `warnings` over several trials.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def _job_json(result: JobResult, bins: bool) -> dict[str, Any]:
             "s_per_gib": found.cpu_s_per_gib,
             "server_us_per_block": found.server_us_per_block,
         },
+        "spin": {"threads": job.spin, "outside": job.spin_outside, "cpu_s": found.spin_s},
         "blocks": {
             "outcomes": dict(sorted(found.outcomes.items())),
             "checked": found.checked_blocks,
@@ -156,8 +158,14 @@ def describe(job: Job, group: int) -> str:
     if job.ioengine == "kv":
         text += f", path={job.path}" * (job.path != "direct")
         text += f", transport={job.transport}" * (job.transport != "auto")
+        text += ", held" * job.held
         text += ", verify_checksums=0" * (not job.verify_checksums)
+    text += f", spin={_spin_text(job)}" if job.spin else ""
     return text + (f", numjobs={job.numjobs}" if job.numjobs > 1 else "")
+
+
+def _spin_text(job: Job) -> str:
+    return f"{job.spin} (outside)" if job.spin_outside else str(job.spin)
 
 
 def as_text(results: Sequence[JobResult], trials: int) -> str:
@@ -194,6 +202,8 @@ def _job_lines(result: JobResult, trials: int) -> list[str]:
     if server_percent is not None:
         cpu += f", server={server_percent:.2f}%"
     lines.append(cpu)
+    if job.spin:
+        lines.append(f"  spin         : threads={_spin_text(job)}, cpu={found.spin_s * share:.2f}%")
     if found.client_s_per_gib is not None and job.ioengine != "null":
         lines.append(f"  cpu-s/GiB    : {_cpu_text(found)}")
     if found.outcomes:

@@ -23,6 +23,7 @@ import uvloop
 from kvstore.errors import KVStoreError
 from kvstore_bench.engines.base import Engine, Task
 from kvstore_bench.meter import Meter, Totals
+from kvstore_bench.spinners import Spinners
 from kvstore_bench.workload import Workload
 
 # Begins each line of a worker's log.
@@ -106,11 +107,16 @@ async def work(task: Task) -> Totals:
     """
     workload = Workload(task.job, task.clone)
     engine = make_engine(task)
+    spinners = Spinners(task.job.spin, task.job.spin_outside)
     steps = Steps()
     try:
         await engine.open(workload, steps)
+        await spinners.start()
         meter = Meter(
-            task.job, engine.server_pids, lambda read, written: say(Progress(read, written))
+            task.job,
+            engine.server_pids,
+            lambda read, written: say(Progress(read, written)),
+            spinners.cpu_ns,
         )
         # What the set-up has made is no business of a collection during the run.
         gc.collect()
@@ -118,9 +124,11 @@ async def work(task: Task) -> Totals:
         say(Ready())
         await heard()
         await engine.run(workload, meter)
+        await spinners.stop()
         await engine.settle(workload, meter, steps)
         return meter.totals()
     finally:
+        await spinners.stop()
         await engine.close()
 
 

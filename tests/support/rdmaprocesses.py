@@ -18,8 +18,12 @@ from kvstore.transport.verbs import Verbs
 from tests.support.cluster import chain, connected, contents, open_pool
 from tests.support.fakeverbs import VARIABLE, FakeVerbs
 from tests.support.processes import Daemon, daemon
-from tests.support.rdmaserved import LISTEN
 from tests.support.verbsends import the_verbs
+
+#: The address is that of the sockets; queue pairs find each other by gids.
+LISTEN = "rdma://127.0.0.1:0"
+# Python takes seconds to start where the processor is imitated.
+_PATIENCE_S = 60.0
 
 
 class _FakedDaemon(Daemon):
@@ -49,15 +53,20 @@ def rdma_daemon(verbs: Verbs, *options: str, listen: str = LISTEN) -> Iterator[D
 async def doomed(
     verbs: Verbs, uri: str, kind: str, count: int, block_bytes: int
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """An engine in a process of its own; killed at the end if it has not been before."""
+    """An engine in a process of its own, when it has moved all blocks once; it goes on until it
+    is killed."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "tests.support.rdmaprocesses",
         *(uri, kind, str(count), str(block_bytes)),
         env={**os.environ, **environment_of(verbs)},
+        stdout=asyncio.subprocess.PIPE,
     )
+    assert process.stdout is not None
     try:
+        async with asyncio.timeout(_PATIENCE_S):
+            assert await process.stdout.readline() == b"moved\n"
         yield process
     finally:
         if process.returncode is None:
@@ -66,7 +75,7 @@ async def doomed(
 
 
 async def _move(uri: str, kind: str, count: int, block_bytes: int) -> None:
-    """Begin, with more time than the test takes."""
+    """Move blocks, again and again."""
     async with connected(uri, transport="rdma", node_id="doomed") as client:
         namespace = await open_pool(client, block_bytes)
         region = await client.allocate(count * block_bytes)
@@ -79,6 +88,7 @@ async def _move(uri: str, kind: str, count: int, block_bytes: int) -> None:
             result = await handle
             assert result.ok, (result.outcomes, result.errors)
             await handle.quiesced()
+            os.write(1, b"moved\n")
             if kind == "put":
                 await client.delete(namespace, keys)
 

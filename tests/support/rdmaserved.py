@@ -5,6 +5,7 @@ The verbs are those that a test's fixture has put in place of the system's.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -33,13 +34,15 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.fakeverbs import FakeVerbs
+from tests.support.rdmaprocesses import LISTEN
 from tests.support.verbsends import PATIENCE_S
 
-#: The address is that of the sockets; queue pairs find each other by gids.
-LISTEN = "rdma://127.0.0.1:0"
 STAIN = 0xA5
 # A packet has 64 KiB: 16 MiB take a tenth of a second.
 PACKET_DELAY_US_MAX = 1000
+# Of a daemon whose blocks trickle: 16 MiB take a quarter of a second.
+CHUNKS_AT_ONCE = 4
+TRICKLE_S = 0.004
 
 
 @asynccontextmanager
@@ -193,6 +196,31 @@ def slow_down(verbs: Verbs, slow: bool = True) -> None:
         verbs.jitter(1, PACKET_DELAY_US_MAX if slow else 0)
 
 
+def trickle(node: Node) -> asyncio.Task[None]:
+    """Let a daemon give out a little on each rail now and then, so that there is always something
+    to come."""
+    gate = node.gate
+    gate.chunk_bytes, gate.chunks_left = 64 * 1024, 0
+
+    async def flow() -> None:
+        while True:
+            gate.chunks_left = CHUNKS_AT_ONCE
+            waiting, gate._waiting = gate._waiting, []
+            for stream in waiting:
+                stream.on_ready()
+            await asyncio.sleep(TRICKLE_S)
+
+    return asyncio.get_running_loop().create_task(flow())
+
+
+async def stop(flow: asyncio.Task[None], node: Node) -> None:
+    """End `trickle`: everything may go."""
+    flow.cancel()
+    await asyncio.wait([flow])
+    node.gate.chunk_bytes = MIB
+    node.gate.open()
+
+
 def queue_pair_count(verbs: Verbs) -> int:
     """Queue pairs that there are on this machine; 0 where nobody counts them."""
     if isinstance(verbs, FakeVerbs):
@@ -223,6 +251,8 @@ __all__ = [
     "slow_down",
     "stain",
     "stained",
+    "stop",
+    "trickle",
     "up_again",
     "ways",
 ]

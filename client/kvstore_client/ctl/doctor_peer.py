@@ -122,6 +122,7 @@ def _check_offer(peer: PeerFacts) -> Finding:
         remedy = "run both as the same user (User= of the systemd units)"
     elif peer.near_error:
         found += f"; it is on this host, and its socket cannot be used: {peer.near_error}"
+        remedy = "for shared memory run both as the same user, and let it write to the socket"
     elif peer.local:
         found += f"; it is on this host, and shares no memory by {peer.local}"
         remedy = "run both as the same user (User= of the systemd units)"
