@@ -68,10 +68,13 @@ class Share(Message, frozen=True, kw_only=True):
     Attributes:
         number: Its name in later requests of this session, chosen by the client.
         size_bytes: How much of it.
+        inode: Of the memfd, so that one descriptor cannot be taken for another; 0 if it is not
+            told.
     """
 
     number: Number
     size_bytes: Annotated[int, Meta(ge=1, le=(1 << 62))]
+    inode: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
 
 
 class Unshare(Message, frozen=True, kw_only=True):

@@ -75,6 +75,9 @@ class MemoryRequests:
                     f" {sorted(self._connection.server.options.memory_uids)}"
                 )
             raise RefusedError("SHARE without a descriptor")
+        if message.inode and os.fstat(fd).st_ino != message.inode:
+            os.close(fd)
+            raise RefusedError(f"SHARE of region {message.number}: another descriptor came along")
         shared, number = session.memory.shared, message.number
         region = shared.share(number, message.size_bytes, fd)
 

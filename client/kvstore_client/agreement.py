@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from kvstore.endpoint import Endpoint
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 # For a peer that has seen our last queue pair fail to say how its requests have ended, and why:
 # twice what it takes itself until it closes the session.
 LAST_WORDS_S = 0.2
+# Queue pairs come up without a word between their devices: that these reach each other is seen
+# only when something moves. So many requests in a row that lost all they carried, and for so long
+# the stream is used, where it may be: a network that passes no RDMA costs no answers.
+LOST_MAX = 2
+STREAM_S = 60.0
 
 
 class Channels(NamedTuple):
@@ -51,6 +57,8 @@ class Agreement:
         self._nodes = RdmaNodes(loop)
         self._complained: set[str] = set()
         self._unsettled: set[LinkMemory] = set()
+        # By endpoint: requests in a row that lost what they carried, and when the last one did.
+        self._lost: dict[str, tuple[int, float]] = {}
 
     async def agree(
         self,
@@ -95,6 +103,8 @@ class Agreement:
             )
         if RDMA in offered and wanted in (AUTO, RDMA):
             try:
+                if wanted == AUTO:
+                    self._check_reached(endpoint)
                 return await self._by_rdma(endpoint, welcome, channels, ask, on_failed)
             except (TransportError, RefusedError) as error:
                 if wanted == RDMA or channels.control.closed:
@@ -178,7 +188,30 @@ class Agreement:
         except BaseException:
             end.close()
             raise
-        return RdmaMemory(self._loop, self.regions, node, end, self.wanted == RDMA)
+        memory = RdmaMemory(self._loop, self.regions, node, end, self.wanted == RDMA)
+        memory.on_moved = partial(self._moved, str(endpoint))
+        return memory
+
+    def _moved(self, endpoint: str, moved: bool) -> None:
+        """A request that went by RDMA has ended."""
+        if moved:
+            self._lost.pop(endpoint, None)
+        else:
+            count, _ = self._lost.get(endpoint, (0, 0.0))
+            self._lost[endpoint] = (count + 1, self._loop.time())
+
+    def _check_reached(self, endpoint: Endpoint) -> None:
+        """Whether there is hope that our devices and the peer's reach each other.
+
+        Raises:
+            TransportError: Lately they did not.
+        """
+        count, lost_at = self._lost.get(str(endpoint), (0, 0.0))
+        if count >= LOST_MAX and self._loop.time() < lost_at + STREAM_S:
+            raise TransportError(
+                f"the last {LOST_MAX} requests to {endpoint} lost what they carried by rdma; it is"
+                f" tried again when the link comes up after {STREAM_S:g} s"
+            )
 
     def _complain(self, text: str) -> None:
         """Loud, and once: the same is true each time that the link comes up."""

@@ -145,7 +145,11 @@ class AsyncClient:
             raise
 
     async def close(self) -> None:
-        """Disconnect; what is under way ends as UNAVAILABLE. Harmless when called again."""
+        """Disconnect; what is under way ends as UNAVAILABLE. Harmless when called again.
+
+        Waits up to 2 s for peers that may still touch memory of the caller. Handles of one that
+        hangs for longer never become `quiet`: their memory is not to be used again.
+        """
         if self._loop is not None:
             await self.cluster.close()
 

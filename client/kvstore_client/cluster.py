@@ -221,8 +221,10 @@ class Cluster(Ways):
         """
         self.regions.check_free(region)
         self.regions.remove(region, close=False)
-        await asyncio.gather(*(link.remove_region(region) for link in self._all_links()))
-        region.give_back()
+        try:
+            await asyncio.gather(*(link.remove_region(region) for link in self._all_links()))
+        finally:
+            region.give_back()  # nothing is under way in it, whoever has it mapped yet
 
     def _all_links(self) -> list[PeerLink]:
         return [*self._links, *self._others()]

@@ -142,6 +142,12 @@ class Handle(Generic[ResultT]):
         self._deadline_s = deadline_s
         self._on_cancel = on_cancel
 
+    def _set_quiet(self) -> None:
+        """The memory is free, and nothing is left to cancel: whoever keeps the handle keeps the
+        memory no longer."""
+        self._on_cancel = _nothing
+        self.quiet.set_result(None)
+
     def poll(self) -> bool:
         """Whether the outcome is known."""
         return self.outcome.done()
@@ -181,6 +187,10 @@ class Handle(Generic[ResultT]):
             raise TransportTimeout(
                 f"not quiet after {timeout_s} s: the memory is still in use"
             ) from None
+
+
+def _nothing() -> None:
+    """Called where there is nothing to cancel any more."""
 
 
 class FetchHandle(Handle[FetchResult]):

@@ -175,7 +175,7 @@ class Job:
 
     def _maybe_quiet(self) -> None:
         if self.ended and self._borrower_count == 0 and not self.handle.quiet.done():
-            self.handle.quiet.set_result(None)
+            self.handle._set_quiet()
 
 
 class FetchJob(Job):

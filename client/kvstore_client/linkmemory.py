@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from kvstore.errors import LocalProtocolError, RefusedError, RemoteProtocolError
 from kvstore.memorymap import PLACE_BYTES, describe
 from kvstore.memorymessages import Map, Mapped, Memory, MemoryRegion, Share, Unshare
-from kvstore.messages import Message
+from kvstore.messages import Done, FetchOutcome, Message, PutDone, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import BlockMemory
 from kvstore.transport.connection import FrameConnection
@@ -46,6 +46,8 @@ class LinkMemory(abc.ABC):
     Attributes:
         transport: What moves the bytes, for attribution.
         only: Whether nothing else is to move payload.
+        on_moved: Called when a request has ended whose payload has come where it was to go
+            (True), or was lost on the way (False).
     """
 
     transport: str
@@ -54,6 +56,7 @@ class LinkMemory(abc.ABC):
     def __init__(self, loop: asyncio.AbstractEventLoop, regions: Regions) -> None:
         self.loop = loop
         self._regions = regions
+        self.on_moved: Callable[[bool], None] = _nobody_asks
         #: Done when the peer can touch no memory any more, after `close`.
         self.settled: asyncio.Future[None] = loop.create_future()
 
@@ -137,6 +140,9 @@ class NamedMemory:
 
     def answered(self, reply: Reply) -> None:
         """The peer's last word, or the error that came in its place."""
+        moved = _moved(reply)
+        if moved is not None:
+            self._way.on_moved(moved)
         if isinstance(reply, Exception) and not isinstance(reply, RefusedError):
             # The connection is gone; its peer may be at work for a moment longer.
             self._way.settled.add_done_callback(lambda _: self._end())
@@ -152,6 +158,24 @@ class NamedMemory:
         calls, self._calls = self._calls, []
         for call in calls:
             call()
+
+
+def _moved(reply: Reply) -> bool | None:
+    """Whether payload was moved, by the last word on it; None if that does not say."""
+    if isinstance(reply, Done):
+        if reply.lost_runs:
+            return False
+        return True if FetchOutcome.HIT in reply.outcomes else None
+    if isinstance(reply, PutDone):
+        if PutOutcome.STORED in reply.outcomes:
+            return True
+        # With a reason: it was not taken back.
+        return False if reply.errors and PutOutcome.UNAVAILABLE in reply.outcomes else None
+    return None
+
+
+def _nobody_asks(moved: bool) -> None:
+    pass
 
 
 class SharedMemory(LinkMemory):
@@ -205,7 +229,11 @@ class SharedMemory(LinkMemory):
         async with self._sharing:
             self._control.stream.send_descriptor(region.fd)
             # Written in the same turn, so that the descriptor goes with this frame.
-            message = Share(number=region.number, size_bytes=region.size_bytes)
+            message = Share(
+                number=region.number,
+                size_bytes=region.size_bytes,
+                inode=os.fstat(region.fd).st_ino,
+            )
             await self._ask(FrameType.SHARE, message)
         self._known.add(region.number)
 

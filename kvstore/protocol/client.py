@@ -66,6 +66,8 @@ CALLS_MAX = 16_384
 # Immediates of RDMA that have come before their DATA frames. A server has no more than some
 # hundreds of runs under way.
 RUNS_EARLY_MAX = 65_536
+# Frames of one fetch whose runs have not come: as many.
+NEWS_WAITING_MAX = 65_536
 
 
 # Plain numbers: arithmetic with enumerations costs a microsecond, on each frame.
@@ -310,6 +312,10 @@ class ClientProtocol(FrameProtocol):
         if call.done is not None:
             raise RemoteProtocolError("DATA after DONE")
         if data.run or call.news:
+            if len(call.news) >= NEWS_WAITING_MAX:
+                raise RemoteProtocolError(
+                    f"{len(call.news)} placed DATA frames wait for their runs"
+                )
             call.news.append((header, data))
             self._take_news(header.request_id, call)
         else:

@@ -152,7 +152,7 @@ FROM_CLIENT: dict[FrameType, msgspec.Struct] = {
     FrameType.POOL: Pool(
         action=PoolAction.SET_CAPACITY, pool="pool", generation=bytes(32), capacity_bytes=1 << 62
     ),
-    FrameType.SHARE: Share(number=3, size_bytes=1 << 40),
+    FrameType.SHARE: Share(number=3, size_bytes=1 << 40, inode=1 << 62),
     FrameType.UNSHARE: Unshare(number=0xFFFFFFFF),
     FrameType.MAP: Map(namespace=NAMESPACE),
     FrameType.RAILS: Rails(rails=(RailAddress(number=17, psn=5, gid="::ffff:10.0.0.1"),)),
