@@ -156,6 +156,19 @@ def test_share_over_tcp_is_refused(kvstored: Daemon, uri: str) -> None:
 
 
 @pytest.mark.slow
+def test_memory_of_another_file_than_was_said_is_refused(uri: str) -> None:
+    meant, other = marked(SIZE, 1), marked(SIZE, 2)
+    share = Share(number=1, size_bytes=SIZE, inode=os.fstat(meant.fd).st_ino)
+    with MemoryPeer(uri) as peer:
+        peer.send_with([other.fd], FrameType.SHARE, share)
+        assert refused(peer.receive().message, "another descriptor")
+        peer.send_with([meant.fd], FrameType.SHARE, share)
+        assert peer.receive().message == Empty()
+    meant.close()
+    other.close()
+
+
+@pytest.mark.slow
 def test_number_in_use_is_refused_and_its_memory_stays(uri: str) -> None:
     first, second = marked(SIZE, 1), marked(SIZE, 2)
     with MemoryPeer(uri) as peer:
