@@ -27,6 +27,9 @@ from kvstore.wire import (
 
 Reply = msgspec.Struct | Exception
 
+# Plain numbers: arithmetic with enumerations costs a microsecond, on each frame.
+_PLACED, _VERIFIED = int(Flags.PLACED), int(Flags.PLACED | Flags.VERIFIED)
+
 
 class FrameProtocol(abc.ABC):
     """What a `FrameConnection` needs of either side."""
@@ -102,7 +105,7 @@ class FrameProtocol(abc.ABC):
     def _send_placed(self, request_id: int, news: Placed) -> None:
         data = news.data
         metadata = b"" if data == _NO_DATA else encode(data)
-        flags = Flags.PLACED | Flags.VERIFIED if news.verified else Flags.PLACED
+        flags = _VERIFIED if news.verified else _PLACED
         header = encode_header(
             FrameType.DATA,
             request_id,
