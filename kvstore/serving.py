@@ -226,6 +226,7 @@ class Server:
 
     def status(self) -> Status:
         """What an operator sees of this node."""
+        sessions = self.sessions.values()
         return Status(
             node_id=self.options.node_id,
             version=VERSION,
@@ -237,6 +238,9 @@ class Server:
                 **self.source.counters(),
                 "connections": len(self.connections),
                 "sessions": len(self.sessions),
+                "sessions_by_rdma": sum(one.memory.end is not None for one in sessions),
+                "shared_bytes": sum(one.memory.shared.shared_bytes for one in sessions),
+                "viewed_bytes": self.views.viewed_bytes if self.views is not None else 0,
             },
         )
 

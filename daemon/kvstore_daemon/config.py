@@ -51,6 +51,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: Size of the arena.
         node_id: Stable name of this node in reports, logs and attribution.
         pool: The only pool that is served, "" for any.
+        memory_users: Who may share memory by unix sockets, beside ourselves and root.
         pool_capacities: Quotas in bytes, by name of the pool.
         drain_s: How long a graceful stop waits for requests under way.
         insecure: Allow endpoints off loopback although there is no authentication.
@@ -61,6 +62,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     node_id: str
     pool: str
+    memory_users: tuple[str, ...]
     pool_capacities: dict[str, int]
     drain_s: float
     insecure: bool
@@ -90,6 +92,7 @@ def parse_config(arguments: Sequence[str], host_name: str, process_id: int) -> C
         ),
         node_id=check_node_id(node_id, "--node-id"),
         pool=check_pool_name(given.pool, "--pool", given.pool) if given.pool else "",
+        memory_users=tuple(given.memory_user),
         pool_capacities=_pool_capacities(given.pool_capacity),
         drain_s=check_drain_s(parse_number(given.drain), "--drain", given.drain),
         insecure=given.insecure,
@@ -125,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="serve this pool and no other; then clients on this host may map the arena by a unix"
         " socket, and read blocks where they lie (default: any pool, and nobody maps it)",
+    )
+    parser.add_argument(
+        "--memory-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="let processes of this user share memory by the unix socket, a name or a number; may"
+        " be given several times (default: our own user and root)",
     )
     parser.add_argument(
         "--pool-capacity",

@@ -8,6 +8,7 @@ from kvstore.service.descriptors import DESCRIPTORS_BESIDE, raise_descriptor_lim
 from kvstore.service.lifetime import end_at_once_on_signals, serve, try_addresses
 from kvstore.service.log import set_up_log
 from kvstore.service.memory import allocate, touch
+from kvstore.service.users import parse_users
 from kvstore.serving import REFUSALS_MAX, Server, ServerOptions
 from kvstore.units import format_size_bytes
 from kvstore_daemon.config import PROGRAM, Config
@@ -40,6 +41,7 @@ def run(config: Config) -> None:
         drain_s=config.drain_s,
         insecure=config.insecure,
         pool=config.pool,
+        memory_uids=parse_users(config.memory_users, "--memory-user"),
     )
     daemon = _Daemon(source, config.endpoints, options, memory=arena)
     raise_descriptor_limit(options.connections_max + REFUSALS_MAX + DESCRIPTORS_BESIDE)

@@ -99,6 +99,9 @@ def test_stonewall_begins_a_group() -> None:
         ({"path": "agent", "transport": "rdma"}, r"transport=rdma: path=agent goes by unix or shm"),
         ({"path": "relay", "rw": "randrw"}, r"rw=randrw: path=relay carries reads only"),
         ({"path": "relay", "rw": "write"}, r"rw=write: path=relay carries reads only"),
+        ({"held": "1"}, r"held=1: path=direct has no agent"),
+        ({"spin": "9"}, r"spin=9: must be a whole number from 0 to 8"),
+        ({"spin_outside": "1"}, r"spin_outside=1: needs spin=N"),
         ({"verify_checksums": "no"}, r"verify_checksums=no: must be 0 or 1"),
         ({"ack": "synced"}, r"ack=synced: must be memory"),
         ({"order": "random"}, r"order=random: must be block or layer"),
@@ -206,7 +209,42 @@ def test_shm_compares_equal_streams_of_every_kind() -> None:
     assert len(groups(jobs)) == 4
 
 
-@pytest.mark.parametrize("name", ["limits.ini", "shm.ini", "small.ini"])
+def test_busy_compares_each_way_with_itself_undisturbed() -> None:
+    path = ROOT / "bench" / "jobs" / "busy.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert len(groups(jobs)) == len(jobs) == 9
+    assert len({(one.bs, one.batch, one.iodepth, one.size) for one in jobs}) == 1
+    assert all(one.io_bytes >= 64 << 20 for one in jobs)
+    for at in range(0, 9, 3):
+        quiet, busy, beside = jobs[at : at + 3]
+        assert [(one.spin, one.spin_outside) for one in (quiet, busy, beside)] == [
+            (0, False),
+            (1, False),
+            (1, True),
+        ]
+        assert len({(one.path, one.transport, one.held) for one in (quiet, busy, beside)}) == 1
+    assert {(one.path, one.transport, one.held) for one in jobs} == {
+        ("agent", "shm", False),
+        ("agent", "shm", True),
+        ("direct", "tcp", False),
+    }
+
+
+def test_rdma_compares_equal_streams_that_fit_a_small_machine() -> None:
+    path = ROOT / "bench" / "jobs" / "rdma.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert [(one.transport, one.path, one.verify_checksums) for one in jobs] == [
+        ("tcp", "direct", True),
+        ("rdma", "direct", False),
+        ("rdma", "direct", True),
+        ("rdma", "relay", True),
+    ]
+    assert len({(one.bs, one.batch, one.iodepth, one.size) for one in jobs}) == 1
+    assert all(one.size <= 64 << 20 for one in jobs)
+    assert len(groups(jobs)) == 4
+
+
+@pytest.mark.parametrize("name", ["busy.ini", "limits.ini", "rdma.ini", "shm.ini", "small.ini"])
 def test_our_own_job_files_are_right(name: str) -> None:
     path = ROOT / "bench" / "jobs" / name
     assert assemble([(name, path.read_text())], [])

@@ -6,7 +6,7 @@ import os
 
 from kvstore_bench.children import cpu_ns
 from kvstore_bench.job import Job
-from kvstore_bench.meter import Meter, clock_ns
+from kvstore_bench.meter import Meter, clock_ns, usage
 
 SECOND = 1_000_000_000
 
@@ -88,3 +88,28 @@ def test_the_processor_time_of_servers_is_theirs() -> None:
 def test_a_process_that_is_gone_has_no_processor_time() -> None:
     # Process ids are at most 2^22 on Linux.
     assert cpu_ns((1 << 22) + 1) is None
+
+
+def test_what_spins_in_this_process_is_not_the_clients() -> None:
+    used = iter([1 * SECOND, 3 * SECOND])
+    one = Meter(Job(name="job", spin=1), (), lambda read, written: None, lambda: next(used))
+    one.start()
+    before = usage(())
+    assert one.counts(clock_ns())
+    one.finish()
+    began, ended = one.totals().began, one.totals().ended
+    assert (began.spin_ns, ended.spin_ns) == (1 * SECOND, 3 * SECOND)
+    # Whatever this process has used meanwhile, it was not two seconds less than nothing.
+    assert began.user_ns >= before.user_ns - 1 * SECOND
+    assert ended.user_ns <= usage(()).user_ns - 3 * SECOND
+
+
+def test_what_spins_beside_takes_nothing_from_the_clients_time() -> None:
+    job = Job(name="job", spin=1, spin_outside=True)
+    one = Meter(job, (), lambda read, written: None, lambda: 3 * SECOND)
+    one.start()
+    before = usage(())
+    one.finish()
+    ended = one.totals().ended
+    assert ended.spin_ns == 3 * SECOND
+    assert ended.user_ns >= before.user_ns

@@ -206,8 +206,38 @@ def test_a_job_is_described_before_it_runs() -> None:
 def test_the_way_of_a_job_is_described_where_it_is_not_the_usual_one() -> None:
     job = Job(name="a", path="agent", transport="shm", verify_checksums=False)
     assert "iodepth=2, path=agent, transport=shm, verify_checksums=0" in describe(job, 0)
+    held = msgspec.structs.replace(job, held=True)
+    assert "transport=shm, held, verify_checksums=0" in describe(held, 0)
     raw = Job(name="a", ioengine="raw", transport="shm")
     assert "transport" not in describe(raw, 0)
+
+
+@pytest.mark.parametrize(
+    ("outside", "named"), [(False, "threads=1, "), (True, "threads=1 (outside), ")]
+)
+def test_what_spins_beside_a_job_is_named(outside: bool, named: str) -> None:
+    found = clone(reads=64)
+    ended = msgspec.structs.replace(found.ended, spin_ns=600 * MS)
+    one = result(clones=[msgspec.structs.replace(found, ended=ended)])
+    job = msgspec.structs.replace(one.job, spin=1, spin_outside=outside)
+    one = msgspec.structs.replace(one, job=job)
+    assert f"\n  spin         : {named}cpu=60.00%\n" in as_text([one], 1)
+    entry = as_json([one], 0.0, {}, bins=False)["jobs"][0]
+    assert entry["spin"] == {"threads": 1, "outside": outside, "cpu_s": 0.6}
+    assert describe(job, 0).endswith(", spin=1 (outside)" if outside else ", spin=1")
+
+
+def test_nothing_is_said_of_what_does_not_spin() -> None:
+    assert "spin" not in as_text([result()], 1)
+    assert "spin" not in describe(Job(name="a"), 0)
+
+
+def test_time_that_came_out_below_nothing_is_none() -> None:
+    found = clone(reads=64)
+    began = msgspec.structs.replace(found.began, user_ns=60 * MS)
+    one = measured(result(clones=[msgspec.structs.replace(found, began=began)]))
+    assert one is not None
+    assert one.user_s == 0
 
 
 def trials(raw: list[int], read: list[int]) -> list[JobResult]:

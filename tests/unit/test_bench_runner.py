@@ -140,6 +140,11 @@ def test_an_agent_gets_memory_for_what_is_under_way_and_no_more() -> None:
     assert agent_bytes(Job(name="a", bs=512, batch=1)) == AGENT_BYTES_MIN
 
 
+def test_an_agent_that_holds_all_has_as_much_memory_as_the_daemon() -> None:
+    job = Job(name="a", size=512 * MIB, path="agent", held=True)
+    assert agent_bytes(job) == arena_bytes(job) > 512 * MIB
+
+
 @pytest.mark.parametrize(
     ("transport", "uri"),
     [

@@ -32,6 +32,7 @@ def test_defaults() -> None:
         memory_bytes=GIB,
         node_id="host:7450",
         pool="",
+        memory_users=(),
         pool_capacities={},
         drain_s=30.0,
         insecure=False,
@@ -43,6 +44,7 @@ def test_defaults() -> None:
 def test_everything_can_be_chosen() -> None:
     assert parse(
         *("--listen", "tcp://[::1]:0", "--listen", "unix:///run/kv.sock", "--pool", "a"),
+        *("--memory-user", "daemon", "--memory-user=1234"),
         *("--listen", "rdma://10.0.0.1:7451?device=mlx5_0:1,mlx5_1&gid_index=3"),
         *("--memory", "512M", "--node-id", "kv-1", "--drain", "0.5", "--insecure"),
         *("--pool-capacity", "a=64MiB", "--pool-capacity=b.c=1g", "--log-level=debug"),
@@ -55,6 +57,7 @@ def test_everything_can_be_chosen() -> None:
         memory_bytes=512 * MIB,
         node_id="kv-1",
         pool="a",
+        memory_users=("daemon", "1234"),
         pool_capacities={"a": 64 * MIB, "b.c": GIB},
         drain_s=0.5,
         insecure=True,

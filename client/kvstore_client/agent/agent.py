@@ -9,6 +9,7 @@ from types import TracebackType
 from kvstore.buffers import Region
 from kvstore.endpoint import Endpoint
 from kvstore.messages import Role
+from kvstore.service.users import parse_users
 from kvstore.serving import Server, ServerOptions
 from kvstore.transport import Marking
 from kvstore_client.agent.egress import EgressBudget
@@ -79,6 +80,7 @@ class Agent:
                 node_id=options.node_id,
                 role=Role.AGENT,
                 pool=options.pool,
+                memory_uids=parse_users(options.memory_users, "memory_users"),
                 drain_s=options.drain_s,
                 insecure=options.insecure,
             ),

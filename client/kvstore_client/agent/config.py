@@ -73,6 +73,7 @@ NAMES = {
     "dscp": "--dscp",
     "pool": "--pool",
     "transport": "--transport",
+    "memory_users": "--memory-user",
     "pool_readers": "--pool-readers",
     "drain_s": "--drain",
     "insecure": "--insecure",
@@ -121,6 +122,7 @@ def parse_config(arguments: Sequence[str], host_name: str, process_id: int) -> C
         dscp=_whole(given.dscp, "--dscp"),
         pool=given.pool,
         transport=given.transport,
+        memory_users=tuple(given.memory_user),
         pool_readers=_pool_readers(given.pool_readers),
         drain_s=check_drain_s(parse_number(given.drain), "--drain", given.drain),
         insecure=given.insecure,
@@ -168,6 +170,14 @@ def _parser() -> argparse.ArgumentParser:
         default=AUTO,
         help="what moves blocks from storage and other nodes to here: auto takes the best that a"
         f" peer offers, {', '.join(TRANSPORTS[1:])} nothing else (default %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-user",
+        metavar="USER",
+        action="append",
+        default=[],
+        help="let processes of this user share memory by the unix socket, a name or a number; may"
+        " be given several times (default: our own user and root)",
     )
     _add_relaying(parser)
     parser.add_process_options()

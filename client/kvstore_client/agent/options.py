@@ -77,6 +77,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
         priority, dscp: Marks of what is sent to other nodes; see `kvstore.transport.marking`.
         pool: The only pool that is served, "" for any. With it engines of this node may map the
             memory, and read blocks where they lie.
+        memory_users: Who may share memory by `local`, by name or number, beside our own user and
+            root.
         transport: What is to move payload from storage and other nodes; see `AsyncClient`.
         pool_readers: Node ids that may read a pool through this agent, by name of the pool; a
             pool that is not named may be read by any.
@@ -102,6 +104,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = RELAY_MARKING.priority
     dscp: int = RELAY_MARKING.dscp
     pool: str = ""
+    memory_users: tuple[str, ...] = ()
     transport: str = AUTO
     pool_readers: dict[str, frozenset[str]] = {}
     deadline_s: float = DEADLINE_S
