@@ -54,15 +54,15 @@ def address_of(view: memoryview) -> int:
 
 
 def host_name() -> str:
-    """What tells this host from others, to processes that may be in containers: its boot, where
-    it looks for sockets, and its network; "" where the system does not say."""
+    """What tells this host, and this network of it, from others; "" where the system does not
+    say. Processes in containers may have the same and see other files: a path that one names
+    need not be there for the other."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             boot = file.read().strip()
-        spaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("mnt", "net")]
+        return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
     except OSError:
         return ""
-    return f"{boot}-{spaces[0]}-{spaces[1]}"
 
 
 def read_only_copy(region: Region) -> int:

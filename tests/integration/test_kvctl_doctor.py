@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from kvstore_client.ctl.options import Common
 from tests.support.agents import run_agents
 from tests.support.cluster import Node, serve
 from tests.support.fakeverbs import FakeVerbs
+from tests.support.peers import scripted
 
 #: Nobody listens there: the port is reserved.
 NOBODY = "tcp://127.0.0.1:1"
@@ -248,6 +250,16 @@ async def test_nobody_at_the_endpoint(none: None) -> None:
     assert ended == 1
     assert verdicts(checks) == {"connection": "failed"}
     assert NOBODY in checks["connection"]["found"]
+
+
+@pytest.mark.asyncio
+async def test_a_peer_that_hangs_is_given_up(none: None) -> None:
+    async with scripted({}) as hangs:
+        ended, checks = await run(hangs.uri, timeout_s=0.05)
+        assert ended == 1
+        assert verdicts(checks) == {"connection": "failed"}
+        # On a busy machine it may be the question before.
+        assert re.search(r"no answer to \w+ in 0.05 s|connect", checks["connection"]["found"])
 
 
 @pytest.mark.asyncio

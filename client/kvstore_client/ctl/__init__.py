@@ -6,7 +6,8 @@
         │
         ├──▶ status ─┐
         ├──▶ ping   ─┼─▶ connection ──▶ a control connection to one node
-        └──▶ top    ─┘
+        ├──▶ top    ─┘
+        └──▶ doctor ──▶ facts ──▶ findings: pure, a list of checks    (doctor_*)
                │
                └──▶ panels, counter_rows, tables, documents     what is shown: pure
 
