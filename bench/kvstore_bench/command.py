@@ -40,6 +40,8 @@ examples:
       a job without a file: every byte is compared with what was written
   kvbench run shm.ini --trials=3
       the ways from a daemon on the same host: tcp, unix sockets, shared memory
+  kvbench run busy.ini --trials=3
+      what fetches keep while a thread of pure Python spins in the engine's process
   kvbench run --rw=randread --size=512m --stonewall --name=tcp --transport=tcp \\
               --name=relay --transport=tcp --path=relay --name=agent --transport=shm --path=agent
       straight, by another node's agent, and by our own: the job starts what it needs, and the
@@ -49,13 +51,15 @@ examples:
       two jobs one after the other, against a daemon that runs already
 
 A job file is fio's: [global] and one [section] a job, option=value, # or ; before a comment.
-JOBFILE is a path, or the name of a file that came with kvbench (limits.ini, shm.ini, small.ini).
+JOBFILE is a path, or the name of a file that came with kvbench (busy.ini, limits.ini, rdma.ini,
+shm.ini, small.ini).
 Options in front of the first --name hold for all jobs and replace what a file says. Jobs run
 at the same time; stonewall makes a job wait for those before it, and begins a group. The
 clones of a job (numjobs) are reported together. Sizes: k = 1024. Times: seconds.
 
 With --trials a job is compared with the first job of ioengine=raw that has the same bs and
-batch; without one it has no ratio. If that raw job itself is more than 10 % off its median in
+batch; without one it has no ratio. A job with spin=N is compared with the first that is the
+same without it. If that raw job itself is more than 10 % off its median in
 some trial, a warning says so: the machine was too busy for its ratios to mean much.
 
 exit status: 0 all jobs ran; 1 a job failed, or read wrong bytes; 2 an option cannot be;

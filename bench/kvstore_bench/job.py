@@ -39,10 +39,16 @@ _HOPS = {
     "direct": TRANSPORTS,
     "relay": ("auto", "tcp", "rdma"),
     "agent": ("auto", "unix", "shm"),
+    "views": ("auto", "shm"),
 }
 _HOP_REASONS = {
     "relay": "another node's agent is reached over the network",
     "agent": "the agent of this node listens on a unix socket",
+    "views": "blocks are read where they lie, in memory that this process has mapped",
+}
+_READ_ONLY_REASONS = {
+    "relay": "what is written goes to the daemon",
+    "views": "nobody may write where a daemon keeps its blocks",
 }
 
 #: Where an option was given that stood in no file.
@@ -129,6 +135,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         A daemon that is started for a job without a word about transports is reached by TCP, as
         ever, so that results stay comparable.
         """
+        if self.path == "views":
+            return "shm"
         ours = self.transport == "auto" and not self.endpoint and self.path != "agent"
         return "tcp" if ours else self.transport
 
@@ -253,9 +261,11 @@ OPTIONS: dict[str, Option] = {
         "|".join(_HOPS),
         "how blocks travel, kv only. direct: from the daemon to us; relay: from the daemon to the"
         " agent of another node and from there to us, all of them, reads only; agent: by the agent"
-        " of our own node, reads and writes. The job starts the agent, on this host, with memory"
-        " for what is under way and no more, so that it holds little of what it is asked for:"
-        " but see held (direct)",
+        " of our own node, reads and writes; views: not at all, reads only: they are leased where"
+        " they lie in a daemon of this host, and given back at once, unread unless verify=1 (the"
+        " daemon verifies them; one that is given must be for --pool kvbench alone). The job"
+        " starts the agent, on this host, with memory for what is under way and no more, so that"
+        " it holds little of what it is asked for: but see held (direct)",
     ),
     "transport": Option(
         _choice(*TRANSPORTS),
@@ -374,7 +384,10 @@ def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
     if job.transport not in _HOPS[job.path]:
         reason = f"path={job.path} goes by {' or '.join(_HOPS[job.path][1:])}"
         refuse("transport", job.transport, f"{reason}: {_HOP_REASONS[job.path]}")
-    if job.path == "relay" and job.writes:
-        refuse("rw", job.rw, "path=relay carries reads only: what is written goes to the daemon")
-    if job.held and job.path == "direct":
-        refuse("held", 1, "path=direct has no agent that could hold anything")
+    if job.path in _READ_ONLY_REASONS and job.writes:
+        reason = _READ_ONLY_REASONS[job.path]
+        refuse("rw", job.rw, f"path={job.path} carries reads only: {reason}")
+    if job.held and job.path in ("direct", "views"):
+        refuse("held", 1, f"path={job.path} has no agent that could hold anything")
+    if job.path == "views" and job.order == "layer":
+        refuse("order", job.order, "path=views has all layers of a block at once")

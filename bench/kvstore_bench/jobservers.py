@@ -5,6 +5,7 @@
     path=direct    we ──────────────▶ daemon
     path=relay     we ──▶ agent ────▶ daemon      (puts go to the daemon)
     path=agent     we ──▶ agent ────▶ daemon
+    path=views     we ──────────────▶ daemon      (whose arena we map)
 
 All hops of a job go the same way: by TCP, by a unix socket in a folder that ends with the job and
 shared memory over it, or by RDMA.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvstore_bench.daemons import LOOPBACK, Command, Daemons, Servers
+from kvstore_bench.engines.base import POOL
 from kvstore_bench.job import Job
 
 # What a daemon of our own has beyond the working set: puts under way, and the unfilled ends
@@ -81,19 +83,20 @@ async def servers_of(job: Job) -> AsyncIterator[JobServers]:
     """
     async with AsyncExitStack() as stack:
         folder = ""
-        if job.transport in ("unix", "shm") or job.path == "agent":
+        if _by_unix(job) or job.path == "agent":
             # Short, since the path of a socket is, and for this user alone.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvbench-"))
         started: list[Servers] = []
         endpoints = job.endpoint
         if not endpoints:
             listen = listen_uri(job, folder, "kvstored")
-            started.append(
-                await stack.enter_async_context(Daemons(1, arena_bytes(job), (), listen))
-            )
+            # Its memory may be seen by who may read all that it holds.
+            options = ("--pool", POOL) if job.path == "views" else ()
+            daemons = Daemons(1, arena_bytes(job), options, listen)
+            started.append(await stack.enter_async_context(daemons))
             endpoints = tuple(started[0].endpoints)
         relays: tuple[str, ...] = ()
-        if job.path != "direct":
+        if job.path in ("relay", "agent"):
             agents = Servers([_agent(job, endpoints, folder)])
             started.append(await stack.enter_async_context(agents))
             if job.path == "relay":
@@ -124,9 +127,13 @@ def listen_uri(job: Job, folder: str, name: str) -> str:
         folder: For its socket, if it has one.
         name: Of that.
     """
-    if job.transport in ("unix", "shm"):
+    if _by_unix(job):
         return f"unix://{Path(folder, name)}"
     return LOOPBACK.replace("tcp", "rdma") if job.transport == "rdma" else LOOPBACK
+
+
+def _by_unix(job: Job) -> bool:
+    return job.transport in ("unix", "shm") or job.path == "views"
 
 
 def _io_bytes(job: Job) -> int:

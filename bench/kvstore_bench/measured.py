@@ -54,6 +54,7 @@ class Measured:
         user_s, system_s: Processor time of the clones.
         server_s: Processor time of the servers; None if it is not known.
         spin_s: Processor time of threads that spin.
+        verify_us_mean: What servers took to verify the views of an I/O.
         outcomes: Blocks by outcome.
     """
 
@@ -76,6 +77,8 @@ class Measured:
         self.spin_s = sum(e.spin_ns - b.spin_ns for b, e in pairs) / 1e9
         self.wrong_blocks = sum(clone.wrong_blocks for clone in clones)
         self.checked_blocks = sum(clone.checked_blocks for clone in clones)
+        verify_us = sum(clone.verify_us for clone in clones)
+        self.verify_us_mean = verify_us / self.read.ios if self.read.ios else 0.0
         self.outcomes: Counter[str] = Counter()
         for clone in clones:
             self.outcomes.update(clone.outcomes)

@@ -105,6 +105,7 @@ class Totals(msgspec.Struct, frozen=True):
         error: Why it ended early; empty if it did not.
         wrong_blocks: Blocks that were read and are not what was written.
         checked_blocks: Blocks that were compared with what was written.
+        verify_us: What servers took to compare views with their checksums.
     """
 
     read: DirectionTotals
@@ -115,6 +116,7 @@ class Totals(msgspec.Struct, frozen=True):
     error: str
     wrong_blocks: int
     checked_blocks: int
+    verify_us: int = 0
 
 
 class Direction:
@@ -170,6 +172,7 @@ class Meter:
         self.error = ""
         self.wrong_blocks = 0
         self.checked_blocks = 0
+        self.verify_us = 0
         self._pids = server_pids
         self._on_progress = on_progress
         self._spin_ns = spin_ns
@@ -253,4 +256,5 @@ class Meter:
             error=self.error,
             wrong_blocks=self.wrong_blocks,
             checked_blocks=self.checked_blocks,
+            verify_us=self.verify_us,
         )

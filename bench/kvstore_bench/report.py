@@ -6,6 +6,7 @@ JSON history (`"kvbench format"`):
     `cpu` and `blocks` in each job, `batch` always among its options; `blocks_iops`, blocks a
     second, beside `iops`; `transports` and `paths`, bytes by what moved them and by the path,
     in each direction; `spin`, the threads that spin in each clone and their processor time;
+    `views`, with path=views: what leasing, verifying and giving back an I/O's views took;
     `summary` and `warnings` over several trials.
 """
 
@@ -104,7 +105,16 @@ def _job_json(result: JobResult, bins: bool) -> dict[str, Any]:
             "wrong": found.wrong_blocks,
         },
     }
+    if job.path == "views":
+        entry["views"] = {
+            "verify_us_mean": found.verify_us_mean,
+            "other_us_mean": _views_us(found) - found.verify_us_mean,
+        }
     return entry
+
+
+def _views_us(found: Measured) -> float:
+    return found.read.lat.mean / 1e3
 
 
 def _percent(part: float | None, whole: float) -> float | None:
@@ -210,6 +220,10 @@ def _job_lines(result: JobResult, trials: int) -> list[str]:
         counts = ", ".join(f"{word}={count}" for word, count in sorted(found.outcomes.items()))
         lines.append(f"  blocks       : {counts}")
     lines += _travel_lines(found)
+    if job.path == "views" and found.read.ios:
+        other_us = _views_us(found) - found.verify_us_mean
+        text = f"{other_us:.1f} us an I/O beside {found.verify_us_mean:.1f} us of verification"
+        lines.append(f"  views        : {text}" + ", copied out for verify=1" * job.verify)
     if job.verify:
         lines.append(f"  verify       : {found.checked_blocks} blocks, {found.wrong_blocks} wrong")
     return lines

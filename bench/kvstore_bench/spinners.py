@@ -84,7 +84,9 @@ def _spin(count: int, spinning: Callable[[], bool]) -> list[threading.Thread]:
 
 async def _started_child(count: int) -> Child:
     heard = asyncio.Event()
-    child = await Child.start("spin", "kvstore_bench.spinners", [str(count)], lambda line: heard.set())
+    child = await Child.start(
+        "spin", "kvstore_bench.spinners", [str(count)], lambda line: heard.set()
+    )
     waits = [asyncio.ensure_future(heard.wait()), asyncio.ensure_future(child.ended())]
     try:
         await asyncio.wait(waits, timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from kvstore_bench.job import Job
 from kvstore_bench.measured import Measured
 from kvstore_bench.report import bandwidth_text, measured
@@ -24,11 +26,13 @@ def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
     """One entry a job, in the order of their first trial; failed trials are left out.
 
     `ratio` compares with the first job whose ioengine is raw and whose I/Os are as large, in
-    blocks of the same size; it is None without one.
+    blocks of the same size; where threads spin, with the first job that is the same without them.
+    It is None without one.
     """
     by_job: dict[str, dict[int, Measured]] = {}
     jobs: dict[str, Job] = {}
     limits: dict[tuple[int, int], str] = {}
+    undisturbed: dict[Job, str] = {}
     for result in results:
         job, found = result.job, measured(result)
         jobs[job.name] = job
@@ -37,11 +41,24 @@ def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
             of_job[result.trial] = found
         if job.ioengine == "raw":
             limits.setdefault((job.bs, job.batch), job.name)
+        if not job.spin:
+            undisturbed.setdefault(_without_spin(job), job.name)
     entries = []
     for name, found_by_trial in by_job.items():
-        reference = limits.get((jobs[name].bs, jobs[name].batch), "")
+        job = jobs[name]
+        if job.spin:
+            reference = undisturbed.get(_without_spin(job), "")
+        else:
+            reference = limits.get((job.bs, job.batch), "")
         entries.append(_entry(name, found_by_trial, reference, by_job.get(reference, {})))
     return entries
+
+
+def _without_spin(job: Job) -> Job:
+    """What jobs have in common that differ in what spins beside them."""
+    return msgspec.structs.replace(
+        job, name="", given=(), spin=0, spin_outside=False, stonewall=False
+    )
 
 
 def unstable(summary: Sequence[dict[str, Any]]) -> list[str]:

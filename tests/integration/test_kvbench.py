@@ -123,6 +123,46 @@ def test_reads_go_by_a_relay_and_say_so(asked: str) -> None:
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.parametrize("words", [["--spin=2"], ["--spin=2", "--spin_outside"]])
+def test_a_job_runs_beside_threads_that_spin_and_names_them(words: list[str]) -> None:
+    # For as long as it takes a thread that never rests to be given a processor.
+    words = [*words, "--runtime=500ms", "--time_based", "--verify=1", *SMALL]
+    (job,) = run_json("--name=a", "--rw=randread", *words)["jobs"]
+    assert job["spin"]["threads"] == 2
+    assert job["spin"]["outside"] == ("--spin_outside" in words)
+    assert job["spin"]["cpu_s"] > 0
+    assert job["read"]["io_bytes"] > 0
+    assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.parametrize("asked", ["auto", "shm"])
+def test_blocks_are_read_where_they_lie(asked: str) -> None:
+    words = ["--name=a", "--rw=randread", "--path=views", f"--transport={asked}", *SMALL]
+    (job,) = run_json(*words, "--verify=1")["jobs"]
+    assert job["read"]["io_bytes"] == 8 << 20
+    assert job["read"]["transports"] == {"shm": 8 << 20}
+    assert job["read"]["paths"] == {"views": 8 << 20}
+    assert job["blocks"] == {"outcomes": {"hit": 128}, "checked": 128, "wrong": 0}
+    assert job["views"]["verify_us_mean"] > 0
+    (job,) = run_json(*words, "--verify_checksums=0")["jobs"]
+    assert job["blocks"] == {"outcomes": {"hit": 128}, "checked": 0, "wrong": 0}
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_for_all_pools_gives_no_views() -> None:
+    async with Daemons(1, 32 << 20, (), f"unix://@kvbench-views-{os.getpid()}") as daemons:
+        words = ["--name=a", "--path=views", f"--endpoint={daemons.endpoints[0]}", *SMALL]
+        (job,) = run_json(*words, status=1)["jobs"]
+        assert "--pool" in job["error_text"]
+
+
+def test_a_job_runs_by_an_agent_with_room_for_all() -> None:
+    words = ["--name=a", "--path=agent", "--transport=shm", "--held", "--verify=1", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    assert job["read"]["io_bytes"] == 8 << 20
+    assert job["read"]["paths"] == {"agent": 8 << 20}
+
+
 @pytest.mark.parametrize("path", ["direct", "agent"])
 def test_without_checksums_every_byte_may_still_be_compared(path: str) -> None:
     words = ["--name=a", "--rw=randrw", f"--path={path}", "--transport=shm"]

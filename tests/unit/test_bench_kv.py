@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from kvstore.errors import TransportError
 from kvstore.messages import FetchOutcome, PutOutcome, Tier
-from kvstore_bench.engines.base import Task
+from kvstore_bench.engines import kv as module
+from kvstore_bench.engines.base import JobFailed, Task
 from kvstore_bench.engines.kv import KvEngine, unasked
 from kvstore_bench.job import Job
 from kvstore_bench.meter import Travelled
 from kvstore_client import FetchResult, PutResult, Run
+from kvstore_client.views import Views
 
 BY_TCP = Travelled("relay", "tcp", 4096)
 BY_UNIX = Travelled("direct", "unix", 4096)
@@ -114,3 +117,86 @@ async def test_what_went_wrong_is_told_before_how_it_travelled() -> None:
     lost = fetched(run("unix"), outcome=FetchOutcome.UNAVAILABLE)
     done = await engine("shm")._fetched(lost)
     assert done.error == "read: 1 of 2 blocks UNAVAILABLE: no reason was given"
+
+
+class Starting:
+    """A client whose daemon answers at the last of some questions."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    async def status(self) -> dict[str, Any]:
+        self.left -= 1
+        return {"tcp://h:1": None if self.left <= 0 else TransportError("not connected yet")}
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_of_ours_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CONNECT_INTERVAL_S", 0)
+    one = KvEngine(Task(job=Job(name="a"), endpoints=("tcp://h:1",), server_pids=(1,)))
+    one._client = client = Starting(3)  # type: ignore[assignment]
+    await one._reach()
+    assert client.left == 0
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0)
+    client.left = 3
+    with pytest.raises(JobFailed, match="tcp://h:1: not connected yet"):
+        await one._reach()
+
+
+@pytest.mark.asyncio
+async def test_a_daemon_that_was_given_is_asked_once() -> None:
+    one = KvEngine(Task(job=Job(name="a"), endpoints=("tcp://h:1",)))
+    one._client = client = Starting(2)  # type: ignore[assignment]
+    with pytest.raises(JobFailed, match="not connected yet"):
+        await one._reach()
+    assert client.left == 1
+
+
+class Viewed:
+    """A client whose views are those of a script."""
+
+    def __init__(self, views: Views, holds: bool) -> None:
+        self.views = views
+        self.holds = holds
+
+    async def view(self, *args: object, verify: bool) -> Viewed:
+        assert not verify
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.views, name)
+
+    async def release(self) -> bool:
+        return self.holds
+
+
+def viewing(outcomes: list[FetchOutcome], holds: bool) -> KvEngine:
+    views = Views(len(outcomes))
+    views.outcomes = outcomes
+    views.verify_us = 7
+    job = Job(name="a", path="views", bs=8, batch=2, verify_checksums=False)
+    one = KvEngine(Task(job=job, endpoints=("unix:///x",)))
+    one._client = Viewed(views, holds)  # type: ignore[assignment]
+    one._namespace = None  # type: ignore[assignment]
+    return one
+
+
+@pytest.mark.asyncio
+async def test_views_that_held_are_read() -> None:
+    one = viewing([FetchOutcome.HIT, FetchOutcome.MISS], holds=True)
+    done = await one._viewed(0, [b"a", b"b"])
+    assert (done.good, done.outcomes, done.error) == ([True, False], ["hit", "miss"], "")
+    assert (done.travelled, done.verify_us) == ([("views", "shm", 8)], 7)
+
+
+@pytest.mark.asyncio
+async def test_views_whose_lease_was_lost_were_not_read() -> None:
+    done = await viewing([FetchOutcome.HIT] * 2, holds=False)._viewed(0, [b"a", b"b"])
+    assert (done.good, done.outcomes, done.error) == ([False] * 2, ["lost"] * 2, "")
+
+
+@pytest.mark.asyncio
+async def test_views_of_a_daemon_that_is_gone_end_the_job() -> None:
+    outcomes = [FetchOutcome.UNAVAILABLE] * 2
+    done = await viewing(outcomes, holds=True)._viewed(0, [b"a", b"b"])
+    assert done.error == "view: 2 of 2 blocks UNAVAILABLE: no reason was given"

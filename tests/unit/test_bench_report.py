@@ -227,6 +227,20 @@ def test_what_spins_beside_a_job_is_named(outside: bool, named: str) -> None:
     assert describe(job, 0).endswith(", spin=1 (outside)" if outside else ", spin=1")
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_views_take_is_told_beside_their_verification(verify: bool) -> None:
+    one = result(clones=[msgspec.structs.replace(clone(reads=4), verify_us=4 * 400)])
+    job = msgspec.structs.replace(one.job, path="views", verify=verify)
+    one = msgspec.structs.replace(one, job=job)
+    # Four I/Os of 5, 6, 7 and 5 ms.
+    said = "\n  views        : 5350.0 us an I/O beside 400.0 us of verification"
+    text = as_text([one], 1)
+    assert said + (", copied out for verify=1\n" if verify else "\n") in text
+    entry = as_json([one], 0.0, {}, bins=False)["jobs"][0]
+    assert entry["views"] == {"verify_us_mean": 400.0, "other_us_mean": 5350.0}
+    assert "views" not in as_json([result()], 0.0, {}, bins=False)["jobs"][0]
+
+
 def test_nothing_is_said_of_what_does_not_spin() -> None:
     assert "spin" not in as_text([result()], 1)
     assert "spin" not in describe(Job(name="a"), 0)
@@ -295,3 +309,23 @@ def test_jobs_of_other_sizes_than_the_limit_have_no_ratio() -> None:
     *_, ours, entry = summarize([*trials([100], [80]), small])
     assert (ours["reference"], ours["ratio"]) == ("raw", 0.8)
     assert (entry["reference"], entry["ratio"]) == ("", None)
+
+
+def test_a_job_beside_threads_that_spin_is_compared_with_itself_without_them() -> None:
+    def as_job(of: JobResult, **options: object) -> JobResult:
+        job = msgspec.structs.replace(of.job, **options)
+        return msgspec.structs.replace(of, job=job)
+
+    found = []
+    for trial, (quiet, busy) in enumerate([(100, 80), (50, 45), (100, 90)], 1):
+        found.append(as_job(result("quiet", "kv", trial, [clone(reads=quiet)]), path="agent"))
+        ours = result("busy", "kv", trial, [clone(reads=busy)])
+        found.append(as_job(ours, path="agent", spin=1, spin_outside=True, stonewall=True))
+        found.append(as_job(result("other", "kv", trial, [clone(reads=9)]), spin=1))
+    quiet_entry, busy_entry, other_entry = summarize(found)
+    assert (busy_entry["reference"], busy_entry["ratio"]) == ("quiet", 0.9)
+    assert (quiet_entry["reference"], quiet_entry["ratio"]) == ("", None)
+    # It goes another way than any job that is not disturbed.
+    assert (other_entry["reference"], other_entry["ratio"]) == ("", None)
+    assert unstable([quiet_entry, busy_entry, other_entry]) == []
+    assert "of quiet" in summary_text([quiet_entry, busy_entry, other_entry])

@@ -159,6 +159,10 @@ def test_servers_listen_where_the_transport_is_offered(transport: str, uri: str)
     assert listen_uri(Job(name="a", transport=transport), "/run/x", "kvstored") == uri
 
 
+def test_views_are_of_a_daemon_on_a_unix_socket() -> None:
+    assert listen_uri(Job(name="a", path="views"), "/run/x", "d") == "unix:///run/x/d"
+
+
 def test_small_blocks_take_a_page_each() -> None:
     assert arena_bytes(Job(name="a", rw="write", bs=512, size=MIB)) == 8 * MIB
 

@@ -13,6 +13,9 @@ from kvstore_bench.job import Job
 from kvstore_bench.meter import Meter, Travelled, clock_ns
 from kvstore_bench.workload import Operation, Workload
 
+#: Where jobs keep their blocks.
+POOL = "kvbench"
+
 #: Told (what is done now, how much of it, of how much) while a job is set up.
 OnStep = Callable[[str, int, int], None]
 
@@ -50,12 +53,14 @@ class Completion(msgspec.Struct, frozen=True):
         outcomes: The outcome of each block, as a word.
         error: Why the job should not go on; empty otherwise.
         travelled: How its bytes came or went.
+        verify_us: What a server's comparison with the checksums took, of views.
     """
 
     good: Sequence[bool]
     outcomes: Sequence[str]
     error: str = ""
     travelled: Sequence[Travelled] = ()
+    verify_us: int = 0
 
 
 class Engine(ABC):
@@ -145,6 +150,7 @@ class SlotEngine(Engine):
                 meter.completed(operation.is_read, times, good_count * bs, short)
                 meter.outcomes.update(done.outcomes)
                 meter.travelled(operation.is_read, done.travelled)
+                meter.verify_us += done.verify_us
             meter.seen(operation.is_read, good_count * bs, ended)
             if operation.is_read and verify:
                 meter.checked_blocks += good_count

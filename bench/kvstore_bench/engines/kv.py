@@ -2,20 +2,22 @@
 
 An I/O is one fetch or one put of `batch` blocks that form a prefix. Reads are verified against the
 checksums of the writer, by the client or, in memory that it shares, by who wrote into it; that is
-part of `clat`. The memory of an I/O is reused as soon as its handle is quiet. Bytes that come by
-another transport than the job asks for end it.
+part of `clat`. The memory of an I/O is reused as soon as its handle is quiet. With path=views a
+read leases the blocks where they lie, and gives them back; with verify=1 it copies them out in
+between. Bytes that come by another transport than the job asks for end it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Collection, Sequence
 
 from kvstore.buffers import Region
 from kvstore.errors import KVStoreError
 from kvstore.layout import Layout
 from kvstore.messages import FetchOutcome, PutOutcome
-from kvstore_bench.engines.base import Completion, JobFailed, OnStep, SlotEngine, Task
+from kvstore_bench.engines.base import POOL, Completion, JobFailed, OnStep, SlotEngine, Task
 from kvstore_bench.job import Job
 from kvstore_bench.meter import Meter, Travelled
 from kvstore_bench.relayed import POLICY, relay_all
@@ -23,11 +25,14 @@ from kvstore_bench.workload import Contents, Keys, Operation, Words, Workload
 from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace, Run
 from kvstore_client.selector import Policy
 
-POOL = "kvbench"
 # The working set is stored with this many puts under way, whatever iodepth is.
 PRELOAD_DEPTH_MAX = 4
 # Deletes under way at once, so that a daemon that others use too is not held up.
 DELETES_MAX = 8
+# A server that the job has started listens, but the first connection to it may be too slow for the
+# client's patience: an emulated processor that imports a library. What was given is there or not.
+CONNECT_TIMEOUT_S = 20.0
+CONNECT_INTERVAL_S = 0.1
 # With these the client hands its memory to peers.
 SHARING_TRANSPORTS = ("auto", "shm", "rdma")
 
@@ -87,17 +92,32 @@ class KvEngine(SlotEngine):
         await client.start()
         self._opened = True
         try:
-            for endpoint, status in (await client.status()).items():
-                if isinstance(status, Exception):
-                    raise JobFailed(f"{endpoint}: {status}")
-            if self.task.relays:
-                relay_all(client)
+            await self._reach()
             if shares:
                 self._lay_out((await client.allocate(size_bytes)).view)
             self._namespace = await client.open_namespace(POOL, layout(job))
         except KVStoreError as error:
             raise JobFailed(str(error)) from error
         await self._preload(workload.preload_count, on_step)
+
+    async def _reach(self) -> None:
+        """Wait until all servers have answered; those that are not ours are asked once."""
+        ends_at = time.monotonic() + (CONNECT_TIMEOUT_S if self.task.server_pids else 0.0)
+        while missing := await self._missing():
+            if time.monotonic() >= ends_at:
+                raise JobFailed(missing)
+            await asyncio.sleep(CONNECT_INTERVAL_S)
+
+    async def _missing(self) -> str:
+        """Which servers have not answered, and why; empty if all have."""
+        found = await self._client.status()
+        failed = [f"{uri}: {said}" for uri, said in found.items() if isinstance(said, Exception)]
+        if self.task.relays and not failed:
+            try:
+                relay_all(self._client)
+            except KVStoreError as error:
+                failed.append(str(error))
+        return "; ".join(failed)
 
     def _lay_out(self, memory: memoryview) -> None:
         io_bytes = self.job.io_bytes
@@ -123,6 +143,9 @@ class KvEngine(SlotEngine):
     def submit(self, slot: int, operation: Operation) -> Awaitable[Completion]:
         """Begin a fetch or a put."""
         keys = self._keys.of_io(operation.number)
+        if operation.is_read and self.job.path == "views":
+            self._handles[slot] = None
+            return self._viewed(slot, keys)
         if operation.is_read:
             fetch = self._client.fetch(
                 self._namespace, keys, self._slots[slot], order=self.job.order
@@ -175,6 +198,23 @@ class KvEngine(SlotEngine):
             _complaint("write", result.outcomes, _PUT_ERRORS, result.errors) or wrong,
             travelled,
         )
+
+    async def _viewed(self, slot: int, keys: Sequence[bytes]) -> Completion:
+        job = self.job
+        views = await self._client.view(self._namespace, keys, verify=job.verify_checksums)
+        if job.verify:
+            for at, block in zip(range(0, job.io_bytes, job.bs), views.blocks, strict=True):
+                if block is not None:
+                    self._slots[slot][at : at + job.bs] = block
+                del block
+        outcomes = [_FETCH_WORDS[outcome] for outcome in views.outcomes]
+        error = _complaint("view", views.outcomes, _FETCH_ERRORS, views.errors)
+        # Blocks under a lease that was lost may have been anything.
+        if not await views.release() and not error:
+            outcomes = [word if word != "hit" else "lost" for word in outcomes]
+        good = [word == "hit" for word in outcomes]
+        travelled = [Travelled("views", "shm", sum(good) * job.bs)]
+        return Completion(good, outcomes, error, travelled, views.verify_us)
 
     def _travelled(self, runs: Sequence[Run]) -> tuple[Sequence[Travelled], str]:
         """How the bytes of an I/O came or went, and what is wrong with that."""
