@@ -77,7 +77,7 @@ test: install ## Run all tests
 # In a virtual machine with soft devices; what it lacks, tests/rdma/prepare says.
 test-rdma: install ## Run the tests of RDMA on real verbs
 	@pyverbs=$$(tests/rdma/prepare $(RUN))
-	PYTHONPATH=$$pyverbs tests/rdma/run-in-vm -- \
+	PYTHONPATH=$$pyverbs tests/rdma/run-in-vm -t 2400 -- \
 	  $(RUN) -m pytest -p no:cacheprovider tests/rdma $(ARGS)
 
 check: install ## Check formatting, lint and types

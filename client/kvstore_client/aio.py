@@ -91,7 +91,10 @@ class AsyncClient:
             "shortest_queue", see `kvstore_client.selector.Policy`.
         transport: What moves payload. "auto": into memory that was allocated or registered here,
             the best that a peer offers, else through its socket. "tcp", "unix": sockets of that
-            kind only. "shm", "rdma": that only; peers that do not offer it count as down.
+            kind only. "shm", "rdma": that only; peers that do not offer it count as down. With
+            "rdma" blocks whose memory was not allocated or registered are UNAVAILABLE; with
+            "auto" the socket is used for a minute when RDMA loses what two requests in a row
+            carried: devices that see no way to each other find out no sooner.
         verify: Whether payload is compared with its checksums; without, wrong bytes are not
             noticed: for measurements only.
         seed: Makes backoff, ramp-in and the selector's draws repeatable.

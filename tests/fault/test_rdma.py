@@ -24,6 +24,7 @@ from tests.support.rdmaserved import (
     fetch_into,
     link_of,
     put_blocks,
+    reconnected,
     served,
     stain,
     stained,
@@ -89,7 +90,9 @@ async def test_what_is_under_way_is_cut_off_before_memory_is_given_back(
         assert not result.ok
         stain(region)
         system.release()
-        await until(lambda: system.waiting() == 0, "all packets")
+        # In this turn of the loop: so it is not the daemon that has put an end to it.
+        system.wait(lambda: system.waiting() == 0, "all packets")
+        assert stained(region)
         await idle(node)
         assert stained(region)
         await up_again(client, namespace)
@@ -142,7 +145,7 @@ async def test_device_that_completes_nothing_is_given_up(system: FakeVerbs) -> N
         assert "nothing has completed for 2 s" in str(result.errors), result.errors
         stain(region)
         system.release()
-        await until(lambda: client.cluster.counters["reconnects"] == 1, "a new session")
+        await reconnected(client)
         await up_again(client, namespace)
         await idle(node)
         assert stained(region)
@@ -203,3 +206,35 @@ async def test_put_that_timed_out_leaves_only_whole_blocks(system: FakeVerbs) ->
         found = await fetch_into(client, namespace, KEYS, region)
         assert set(found.outcomes) <= {HIT, FetchOutcome.MISS}
         assert FetchOutcome.MISS in found.outcomes
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fetch", "put"])
+@pytest.mark.parametrize("loss", ["removed", "down"])
+async def test_rail_that_goes_with_work_on_it(system: FakeVerbs, loss: str, kind: str) -> None:
+    async with served((BLOCK,)) as (node, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        names = KEYS if kind == "fetch" else chain(COUNT, start=100)
+        region = await client.allocate(SIZE)
+        region.view[:] = b"".join(contents(names, BLOCK))
+        # One READ a block: they are on both. A fetch of so little is one chunk.
+        node.gate.chunk_bytes = BLOCK
+        system.hold()
+        begin = client.fetch if kind == "fetch" else client.put
+        handle = begin(namespace, names, region.view, deadline_s=600)
+        await until(lambda: all(queue.outstanding for queue in active_end(node).queues), "both")
+        (system.remove if loss == "removed" else system.take_down)("fake1")
+        system.release()
+        result = await handle
+        await handle.quiesced()
+        assert {outcome.name for outcome in result.outcomes} <= {"HIT", "STORED", "UNAVAILABLE"}
+        assert not result.ok
+        assert "fake1" in str(result.errors), result.errors
+        assert link_of(client).up
+        await until(lambda: len(active_end(node).queues) == 1, "it is left out")
+        await idle(node)
+        # The other one carries on.
+        assert (await fetch_into(client, namespace, KEYS, region)).ok
+        await put_blocks(client, namespace, chain(COUNT, start=200))
+        system.bring_up("fake1")

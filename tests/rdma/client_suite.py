@@ -5,6 +5,7 @@ Runs on every implementation of verbs that has the fixture `verbs`.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from itertools import pairwise
 
@@ -15,8 +16,9 @@ from kvstore.messages import FetchOutcome, PutOutcome, ServedBy
 from kvstore.transport import verbs as verbs_module
 from kvstore.transport.rdma_queue import SENDS_MAX
 from kvstore.transport.verbs import NoDevice, Verbs, VerbsForbidden, VerbsMissing
+from kvstore_client import Client
 from tests.support.agents import run_agents
-from tests.support.bothways import relay_next
+from tests.support.bothways import counters_of, relay_next
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -30,7 +32,8 @@ from tests.support.cluster import (
     store_blocks,
     until,
 )
-from tests.support.engine import content
+from tests.support.engine import content, layout
+from tests.support.rdmaprocesses import rdma_agent, rdma_daemon
 from tests.support.rdmaserved import (
     LISTEN,
     active_end,
@@ -39,6 +42,7 @@ from tests.support.rdmaserved import (
     passive_end,
     port_down,
     put_blocks,
+    reconnected,
     served,
     up_again,
     ways,
@@ -170,6 +174,59 @@ class ClientTests:
             await relay_next(client, by_relay=False)
             assert ways(await fetch_into(client, namespace, KEYS, region)) == DIRECT
 
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_both_hops_of_a_relay_between_processes(self, verbs: Verbs) -> None:
+        options = ("--transport", "rdma", "--policy", "direct")
+        with (
+            rdma_daemon(verbs) as kvstored,
+            rdma_agent(verbs, "--storage", kvstored.uri, *options) as kvagent,
+        ):
+            async with connected(
+                kvstored.uri,
+                relays=[kvagent.uri],
+                policy="round_robin",
+                transport="rdma",
+                deadline_s=60,
+            ) as client:
+                namespace = await open_pool(client)
+                await put_blocks(client, namespace, KEYS)
+                (to_relay,) = client.cluster.relays.links
+                await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
+                region = await client.allocate(SIZE)
+                await relay_next(client)
+                result = await fetch_into(client, namespace, KEYS, region)
+                assert result.ok, (result.outcomes, result.errors)
+                assert ways(result) == RELAY
+            for uri in (kvstored.uri, kvagent.uri):
+                moved = {
+                    name: count
+                    for name, count in (await counters_of(uri)).items()
+                    if "_bytes_by_" in name and count
+                }
+                more = "put_bytes_by_rdma" if uri == kvstored.uri else "storage_fetch_bytes_by_rdma"
+                assert moved == {"fetch_bytes_by_rdma": SIZE, more: SIZE}, moved
+
+    @pytest.mark.asyncio
+    async def test_engine_that_calls_from_its_own_thread(self, verbs: Verbs) -> None:
+        async with serve(listen=LISTEN, arena_bytes=4 * MIB) as (node,):
+
+            def engine() -> None:
+                with Client(node.uri, transport="rdma", deadline_s=60) as client:
+                    namespace = client.open_namespace("pool", layout(*LAYERS))
+                    region = client.allocate(SIZE)
+                    region.view[:] = b"".join(contents(KEYS))
+                    put = client.put(namespace, KEYS, region.view).result()
+                    assert {run.transport for run in put.runs} == {"rdma"}
+                    into = client.register(bytearray(SIZE))
+                    handle = client.fetch(namespace, KEYS, into.view)
+                    assert ways(handle.result()) == DIRECT
+                    handle.quiet.result(60)
+                    assert into.view == region.view
+                    client.free(into)
+
+            await asyncio.to_thread(engine)
+
     # --- never by another way --------------------------------------------------------------
 
     @pytest.mark.asyncio
@@ -235,7 +292,7 @@ class ClientTests:
                 }
                 for connection in list(node.server.connections):
                     connection.connection.close(ConnectionError("cut by the test"))
-                await until(lambda: client.cluster.counters["reconnects"] == 1)
+                await reconnected(client)
                 assert (await fetch_into(client, namespace, KEYS, region)).ok
         (loud,) = (
             record for record in caplog.records if "taken away by the test" in record.message
@@ -355,6 +412,32 @@ class ClientTests:
             assert len(passive_end(client).queues) == 2
             assert (await fetch_into(client, namespace, KEYS, region)).ok
             assert node.counter("rdma_queue_failures") == 1
+
+    @pytest.mark.asyncio
+    @pytest.mark.slow
+    async def test_auto_takes_the_stream_where_devices_do_not_reach_each_other(
+        self, verbs: Verbs, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        names = [device.name for device in verbs.devices()]
+        if len(names) < 2:
+            pytest.skip("one device only")
+        async with served() as (node, first, namespace):
+            await put_blocks(first, namespace, KEYS)
+            # Its only rail meets the first one of the daemon, which is on another network.
+            uri = f"{node.uri}?device={names[1]}"
+            async with connected(uri, transport="auto", deadline_s=60) as client:
+                namespace = await open_pool(client)
+                region = await client.allocate(SIZE)
+                for number in (1, 2):
+                    result = await fetch_into(client, namespace, KEYS, region)
+                    assert result.outcomes == [UNAVAILABLE] * COUNT
+                    assert "does not answer" in str(result.errors)
+                    await reconnected(client, number)
+                    await up_again(client, namespace)
+                result = await fetch_into(client, namespace, KEYS, region)
+                assert ways(result) == {("direct", "tcp")}
+                assert caplog.text.count("node-0 offers rdma, and tcp is used") == 1
+            assert (await fetch_into(first, namespace, KEYS, await first.allocate(SIZE))).ok
 
     # --- limits ----------------------------------------------------------------------------
 

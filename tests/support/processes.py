@@ -172,14 +172,18 @@ def daemon(
 
 @contextmanager
 def agent(
-    *options: str, environment: dict[str, str] | None = None, listeners: int = 1
+    *options: str,
+    environment: dict[str, str] | None = None,
+    listeners: int = 1,
+    kind: type[AgentProcess] = AgentProcess,
 ) -> Iterator[AgentProcess]:
     """Run `kvagent`, which needs `--storage`; for the rest as `daemon`.
 
     Args:
         listeners: How many endpoints `options` name, that of `--local` included.
+        kind: Another `AgentProcess`.
     """
-    made = AgentProcess(*_small(options), environment=environment)
+    made = kind(*_small(options), environment=environment)
     with _running(made, listeners) as process:
         yield process
 

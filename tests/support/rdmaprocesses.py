@@ -17,7 +17,7 @@ from kvstore.transport import verbs as verbs_module
 from kvstore.transport.verbs import Verbs
 from tests.support.cluster import chain, connected, contents, open_pool
 from tests.support.fakeverbs import VARIABLE, FakeVerbs
-from tests.support.processes import Daemon, daemon
+from tests.support.processes import AgentProcess, Daemon, agent, daemon
 from tests.support.verbsends import the_verbs
 
 #: The address is that of the sockets; queue pairs find each other by gids.
@@ -28,6 +28,12 @@ _PATIENCE_S = 60.0
 
 class _FakedDaemon(Daemon):
     """A `kvstored` on the imitation of verbs."""
+
+    runner = ("tests.support.fakeverbs",)
+
+
+class _FakedAgent(AgentProcess):
+    """A `kvagent` on the imitation of verbs."""
 
     runner = ("tests.support.fakeverbs",)
 
@@ -46,6 +52,15 @@ def rdma_daemon(verbs: Verbs, *options: str, listen: str = LISTEN) -> Iterator[D
     kind = _FakedDaemon if isinstance(verbs, FakeVerbs) else Daemon
     environment = environment_of(verbs)
     with daemon("--listen", listen, *options, environment=environment, kind=kind) as process:
+        yield process
+
+
+@contextmanager
+def rdma_agent(verbs: Verbs, *options: str) -> Iterator[AgentProcess]:
+    """Run `kvagent` on these verbs."""
+    kind = _FakedAgent if isinstance(verbs, FakeVerbs) else AgentProcess
+    environment = environment_of(verbs)
+    with agent("--listen", LISTEN, *options, environment=environment, kind=kind) as process:
         yield process
 
 

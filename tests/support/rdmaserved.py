@@ -135,6 +135,11 @@ def active_end(node: Node) -> RdmaEnd:
     return session.memory.end
 
 
+async def reconnected(client: AsyncClient, count: int = 1) -> None:
+    """Return when links have come up again so often."""
+    await until(lambda: client.cluster.counters["reconnects"] >= count, "a new session")
+
+
 async def up_again(client: AsyncClient, namespace: Namespace) -> None:
     """Return when requests can be sent again."""
     link = link_of(client)
@@ -246,6 +251,7 @@ __all__ = [
     "port_down",
     "put_blocks",
     "queue_pair_count",
+    "reconnected",
     "removed",
     "served",
     "slow_down",

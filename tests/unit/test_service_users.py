@@ -22,5 +22,5 @@ def test_names_and_numbers() -> None:
 
 @pytest.mark.parametrize("text", ["", "no such user", "-1", "99999999999", "a\0b"])
 def test_nobody_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--memory-user.*no such user on this host"):
+    with pytest.raises(ConfigError, match=r"--memory-user.*no such user on this host"):
         parse_users([text], "--memory-user")
