@@ -80,6 +80,8 @@ class Chunk(NamedTuple):
             connection is gone).
         failed: Indices of keys that were found missing since the last chunk, as early news.
             A chunk may consist of nothing else (`length` 0).
+        places: Where in the memory of this process each buffer begins, counted from the memory's
+            first byte; only of streams that were asked to `locate`, and can.
     """
 
     piece: int
@@ -89,6 +91,7 @@ class Chunk(NamedTuple):
     checksums: bytes
     release: Callable[[], None]
     failed: tuple[int, ...] = ()
+    places: Sequence[int] = ()
 
 
 class FetchStream(abc.ABC):
@@ -96,6 +99,8 @@ class FetchStream(abc.ABC):
 
     #: Set by the server; the stream calls it when `next_chunk` may give something again.
     on_ready: Callable[[], None]
+    #: Set by the server before it asks for the first chunk: whether `Chunk.places` are wanted.
+    locate = False
 
     @abc.abstractmethod
     def next_chunk(self, bytes_max: int) -> Chunk | None:

@@ -154,6 +154,7 @@ class MemoryRequests:
         pieces = PieceMap(Geometry(source.layer_bytes(fetch.namespace)), len(fetch.keys))
         sink = views.sink(fetch.namespace, fetch.keys, pieces, message.lease_ms, message.verify)
         stream = source.fetch(fetch.namespace, fetch.keys, pieces, session, fetch)
+        stream.locate = True
         self._connection.begin(request_id, fetch.deadline_ms)
         self._connection.protocol.add_fetch(request_id, stream, fetch.priority, sink)
         self._connection.cancelled_early(request_id)

@@ -197,20 +197,22 @@ class ViewSink(FetchSink):
         memory.viewed_bytes += chunk.length
         self._kept_bytes += chunk.length
         self._chunks.append(chunk)
-        base, index, at, known = memory.base, chunk.piece, chunk.piece_offset, 0
+        index, at, known = chunk.piece, chunk.piece_offset, 0
         checksum_bytes = self._pieces.geometry.layer_count * CHECKSUM_BYTES
         block_bytes = self._pieces.span_bytes
-        for buffer in chunk.buffers:
-            offset = address_of(buffer) - base
+        places = chunk.places or [address_of(one) - memory.base for one in chunk.buffers]
+        for buffer, offset in zip(chunk.buffers, places, strict=True):
             if not at:
                 self._offsets[index] = offset
-                self._expected[index] = chunk.checksums[known : known + checksum_bytes]
-                known += checksum_bytes
+                if self._verify:
+                    self._expected[index] = chunk.checksums[known : known + checksum_bytes]
+                    known += checksum_bytes
             assert offset == self._offsets[index] + at, "a block is in one piece in its memory"
             at += len(buffer)
             self._filled[index] = at
             if at == block_bytes:
-                self._whole(index)
+                if self._verify:
+                    self._check(index)
                 index, at = index + 1, 0
 
     def amend(self, done: Done) -> Done | ViewReply:
@@ -247,9 +249,8 @@ class ViewSink(FetchSink):
         self._chunks, self._kept_bytes = [], 0
         self._views.let_go(chunks, kept_bytes)
 
-    def _whole(self, index: int) -> None:
-        if not self._verify:
-            return
+    def _check(self, index: int) -> None:
+        """Compare a block that is whole with its checksums."""
         begun_at = time.perf_counter()
         offset, offsets = self._offsets[index], self._pieces.geometry.offsets
         view = self._views.memory.view

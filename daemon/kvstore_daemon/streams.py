@@ -139,6 +139,9 @@ class ArenaFetch(FetchStream):
             pins[slot] += 1
             begin = starts[slot] * PAGE_BYTES + start
             buffers.append(arena[begin : begin + size])
+        places: Sequence[int] = ()
+        if self.locate:
+            places = [starts[slot] * PAGE_BYTES + start for slot in slots]
         count = len(slots)
         after = first + count
         self._outcomes[first:after] = bytes(count)  # FetchOutcome.HIT is 0
@@ -159,6 +162,7 @@ class ArenaFetch(FetchStream):
             self._checksums(0, slots),
             partial(store.unpin, slots),
             self._take_failed(),
+            places,
         )
 
     def _parts(self, bytes_max: int) -> Chunk | None:

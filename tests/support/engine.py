@@ -110,7 +110,7 @@ class Reader:
 
     def take(self, chunk: object) -> None:
         """Copy what a chunk holds; checks its form."""
-        piece, offset, buffers, length, checksums, _, failed = chunk  # type: ignore[misc]
+        piece, offset, buffers, length, checksums, _, failed, _ = chunk  # type: ignore[misc]
         assert length == sum(map(len, buffers))
         assert length <= CHUNK_BYTES
         assert len(buffers) <= 512
