@@ -344,6 +344,8 @@ class Spread:
                     job.add_error(refusal or link.unavailable())
                     for index in shipment.indices:
                         self._failed(lane, index, FetchOutcome.UNAVAILABLE)
+            # Without the slot: a peer that hangs must not keep all of them.
+            await shipment.freed()
         except Exception as error:
             # Nobody awaits this task, and the blocks must not be lost with it.
             logger.exception("internal error in a shipment of %s", link.peer)

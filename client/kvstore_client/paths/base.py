@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.errors import LocalProtocolError
+from kvstore.errors import LocalProtocolError, RefusedError
 from kvstore.messages import Done, Fetch, FetchOutcome, ServedBy
 from kvstore.protocol import Reply
 from kvstore.transfer import PENDING
@@ -97,6 +97,11 @@ class Shipment:
             if outcome == PENDING
         ]
 
+    async def freed(self) -> None:
+        """Wait until no peer writes on its behalf any more, after `run`."""
+        if self._named is not None:
+            await asyncio.shield(self._named.free)
+
     async def run(self) -> None:
         """Send the request; return when it has ended, or was taken back.
 
@@ -125,12 +130,15 @@ class Shipment:
             memory=named.memory if named else None,
             **self._path.terms(link, job, self.indices),
         )
-        self._request_id = link.fetch(message, transfer, self._answered)
+        try:
+            self._request_id = link.fetch(message, transfer, self._answered)
+        except BaseException as error:
+            if named is not None:
+                named.answered(RefusedError(f"it was not sent: {error}"))
+            raise
         job.borrow(transfer, self._stop)
         try:
             await self._done
-            if named is not None:
-                await asyncio.shield(named.free)
         finally:
             if not self._done.done() or self._done.cancelled():
                 self._cancel()

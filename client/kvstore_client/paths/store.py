@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.errors import LocalProtocolError
+from kvstore.errors import LocalProtocolError, RefusedError
 from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
@@ -109,20 +109,24 @@ class _Sending:
             memory=named.memory if named else None,
             **_terms(link, job, self._indices),
         )
-        self._request_id = link.put(message, transfer, self._answered)
+        try:
+            self._request_id = link.put(message, transfer, self._answered)
+        except BaseException as error:
+            if named is not None:
+                named.answered(RefusedError(f"it was not sent: {error}"))
+            raise
         job.borrow(transfer, self._stop)
         try:
             await self._done
             job.finished(transfer)
             if not transfer.idle:
                 await self._sent()
-            if named is not None:
-                await asyncio.shield(named.free)
         finally:
             if not self._done.done() or self._done.cancelled():
                 self._cancel()
             job.finished(transfer)
             if named is not None:
+                # Who takes the blocks elsewhere need not wait: two may read the same memory.
                 named.when_free(job.let_go)
             elif transfer.idle:
                 job.let_go()
