@@ -38,6 +38,9 @@ def layer_checksum(layer: Buffer, seed: int, layer_index: int) -> int:
 
 def layer_checksums(layers: Sequence[Buffer], seed: int, layer_first: int = 0) -> bytes:
     """Checksums of consecutive layers, packed little-endian as they travel on the wire."""
+    if len(layers) == 1:  # as where layers come one by one; packing would take as long as hashing
+        digest = xxh3_64_intdigest(layers[0], (seed + layer_first) & _MASK)
+        return digest.to_bytes(CHECKSUM_BYTES, "little")
     return struct.pack(
         f"<{len(layers)}Q",
         *[

@@ -26,9 +26,6 @@ ENDPOINT_MAX = 512  # a host name has 253 characters (RFC 1035), a path of a uni
 # What went wrong behind a server, told with the end of a request.
 REASONS_MAX = 8
 REASON_MAX = 300
-# Regions that one request names, each with a key for each rail.
-REGIONS_PER_REQUEST_MAX = 64
-RAILS_MAX = 8
 
 Key = Annotated[bytes, Meta(min_length=KEY_BYTES_MIN, max_length=KEY_BYTES_MAX)]
 NamespaceId = Annotated[bytes, Meta(min_length=NAMESPACE_ID_BYTES, max_length=NAMESPACE_ID_BYTES)]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 
 from kvstore.errors import LimitExceeded
 from kvstore.layout import Geometry, PieceMap
-from kvstore.memorymessages import REGIONS_PER_REQUEST_MAX, Memory, MemoryRegion
+from kvstore.memorymessages import Memory
 from kvstore.transfer import BlockMemory
 
 _PLACE = struct.Struct("<IQ")
@@ -34,7 +35,8 @@ Span = tuple[int, int, int]
 
 
 class MemoryMap:
-    """The places of a request.
+    """The places of a request: kept as they came, and read one by one when they are needed. As
+    objects, or as views of what lies there, they would take ten times the memory.
 
     Args:
         memory: As it came.
@@ -76,8 +78,14 @@ class MemoryMap:
                 f"place {place}: {wanted[place]} bytes at {starts[place]} of region"
                 f" {numbers[place]} lie outside of what was named"
             )
-        self.places: list[Place] = list(zip(numbers.tolist(), starts.tolist(), strict=True))
+        self._packed = memory.places
+        self._key_count = key_count
         self._sizes = sizes
+
+    def place(self, number: int) -> Place:
+        """One of them, in the order in which they came."""
+        place: Place = _PLACE.unpack_from(self._packed, number * PLACE_BYTES)
+        return place
 
     def spans(self, pieces: PieceMap, piece: int, offset: int, length: int) -> list[Span]:
         """Where consecutive bytes of a request belong, in their order.
@@ -89,20 +97,20 @@ class MemoryMap:
         spans: list[Span] = []
         key_count, ranges = pieces.key_count, pieces.group_ranges
         offsets, base = pieces.geometry.offsets, pieces.geometry.offsets[pieces.layer_first]
-        per_block = len(self._sizes)
+        per_block, place = len(self._sizes), self.place
         while length:
             group, index = divmod(piece, key_count)
             first, _, start, size = ranges[group]
             take = min(length, size - offset)
             length -= take
             if not self.layered:
-                number, at = self.places[index]
+                number, at = place(index)
                 spans.append((number, at + start - base + offset, take))
             else:
                 begin = start + offset
                 layer = bisect_right(offsets, begin, first) - 1
                 while take:
-                    number, at = self.places[index * per_block + layer - pieces.layer_first]
+                    number, at = place(index * per_block + layer - pieces.layer_first)
                     part = min(take, offsets[layer + 1] - begin)
                     spans.append((number, at + begin - offsets[layer], part))
                     begin += part
@@ -112,53 +120,61 @@ class MemoryMap:
             offset = 0
         return spans
 
-    def blocks(self, cut: Callable[[int, int, int], memoryview]) -> list[BlockMemory]:
-        """The memory of each block, as a transfer wants it.
+    def blocks(self, regions: Sequence[memoryview]) -> Sequence[BlockMemory]:
+        """The memory of each block, as a transfer wants it; cut whenever it is looked at.
 
         Args:
-            cut: Gives `size` bytes at an offset of a region: (region, offset, size).
+            regions: The memory of each region.
         """
-        sizes, places = self._sizes, self.places
+        packed, sizes, count = self._packed, self._sizes, self._key_count
         if not self.layered:
-            (size,) = sizes
-            return [cut(number, offset, size) for number, offset in places]
-        return [
-            [
-                cut(number, offset, size)
-                for (number, offset), size in zip(
-                    places[first : first + len(sizes)], sizes, strict=True
-                )
-            ]
-            for first in range(0, len(places), len(sizes))
-        ]
+            return _Places(packed, regions, sizes * count, 0)
+        firsts = range(0, count * len(sizes), len(sizes))
+        return [_Places(packed, regions, sizes, first) for first in firsts]
 
 
-def describe(
-    memory: Sequence[BlockMemory],
-    locate: Callable[[memoryview], tuple[int, int] | None],
-    region: Callable[[int], MemoryRegion],
-) -> Memory | None:
-    """What a request says of memory; None where some of it is in no region, or in too many.
+class _Places(Sequence[memoryview]):
+    """What lies at consecutive places.
 
     Args:
-        locate: Gives the region of a view, by a number of the caller's, and the offset in it.
-        region: The region of such a number, as the peer knows it.
+        packed: All places.
+        regions: What they are in.
+        sizes: Of what lies there.
+        first: The first place.
     """
-    numbers: dict[int, int] = {}
-    places = bytearray()
-    layered = not isinstance(memory[0], memoryview)
-    for block in memory:
-        if isinstance(block, memoryview) is layered:
-            return None
-        for view in [block] if isinstance(block, memoryview) else block:
-            found = locate(view)
-            if found is None:
-                return None
-            number = numbers.setdefault(found[0], len(numbers))
-            places += _PLACE.pack(number, found[1])
-    if len(numbers) > REGIONS_PER_REQUEST_MAX:
-        return None
-    return Memory(regions=tuple(map(region, numbers)), places=bytes(places), layered=layered)
+
+    __slots__ = ("_first", "_packed", "_regions", "_sizes")
+
+    def __init__(
+        self, packed: bytes, regions: Sequence[memoryview], sizes: Sequence[int], first: int
+    ) -> None:
+        self._packed = packed
+        self._regions = regions
+        self._sizes = sizes
+        self._first = first
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    @overload
+    def __getitem__(self, at: int) -> memoryview: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[memoryview]: ...
+    def __getitem__(self, at: int | slice) -> memoryview | list[memoryview]:
+        packed, regions = self._packed, self._regions
+        if isinstance(at, int):
+            size = self._sizes[at]
+            place = self._first + (at if at >= 0 else at + len(self._sizes))
+            number, offset = _PLACE.unpack_from(packed, place * PLACE_BYTES)
+            view: memoryview = regions[number][offset : offset + size]
+            return view
+        begin = (self._first + at.indices(len(self._sizes))[0]) * PLACE_BYTES
+        views: list[memoryview] = []
+        for size in self._sizes[at]:
+            number, offset = _PLACE.unpack_from(packed, begin)
+            views.append(regions[number][offset : offset + size])
+            begin += PLACE_BYTES
+        return views
 
 
-__all__ = ["PLACE_BYTES", "MemoryMap", "Place", "Span", "describe"]
+__all__ = ["PLACE_BYTES", "MemoryMap", "Place", "Span"]

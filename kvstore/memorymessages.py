@@ -12,11 +12,15 @@ from msgspec import Meta
 
 from kvstore.fields import KEYS_PER_REQUEST_MAX, LEASE_MS_MAX, Message, NamespaceId
 
-# Regions that one request names, each with a key for each rail.
-REGIONS_PER_REQUEST_MAX = 64
 # Regions of one session at a time: a pool of buffers, caches of layers, some for staging.
 REGIONS_SHARED_MAX = 1024
+# Regions that one request names, each with a key for each rail: all that there are, or an engine
+# with a buffer a layer and one more for each layer's scales could not say where a block lies.
+REGIONS_PER_REQUEST_MAX = REGIONS_SHARED_MAX
 RAILS_MAX = 8
+# Of each in the metadata of its request, which is 84 KiB for all of them: the names of its fields
+# and two numbers of 8 bytes, in MessagePack; and a number of 4 bytes for each rail.
+REGION_METADATA_BYTES = 44 + 5 * RAILS_MAX
 
 #: Capabilities in HELLO and WELCOME. `SHM`: memory handed over by a unix socket (SHARE).
 #: `VIEWS`: the pool's memory may be mapped (MAP, VIEW). `RDMA`: queue pairs (RAILS).

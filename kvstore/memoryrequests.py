@@ -5,6 +5,7 @@ Thread rule: the server's loop.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from functools import partial
@@ -86,21 +87,28 @@ class MemoryRequests:
                 # Thousands of pages to map: not on the loop.
                 await self._connection.server.loop.run_in_executor(None, region.populate)
             except KVStoreError:
-                shared.unshare(number)
+                shared.unshare(number).close()
                 raise
             return Empty()
 
         try:
             self._connection.answer(FrameType.SHARE, request_id, populated(), lambda reply: reply)
         except KVStoreError:
-            shared.unshare(number)
+            shared.unshare(number).close()
             raise
 
     def unshare(self, request_id: int, message: Unshare) -> None:
         """UNSHARE: unmap one."""
         assert self._connection.session is not None
-        self._connection.session.memory.shared.unshare(message.number)
-        self._connection.protocol.reply(FrameType.UNSHARE, request_id, Empty())
+        region = self._connection.session.memory.shared.unshare(message.number)
+        # Begun now: it is to be done also if the connection ends before its turn.
+        closing = self._connection.server.loop.run_in_executor(None, region.close)
+
+        async def closed() -> Message:
+            await asyncio.shield(closing)
+            return Empty()
+
+        self._connection.answer(FrameType.UNSHARE, request_id, closed(), lambda reply: reply)
 
     def rails(self, request_id: int, message: Rails) -> None:
         """RAILS: connect queue pairs."""
@@ -121,6 +129,8 @@ class MemoryRequests:
             end.on_failed = partial(self._rail_failed, session, end)
             end.connect(message)
             reply = end.addresses()
+            for reason in end.left_out:
+                self._connection.server.note(logging.WARNING, "a rail is left out: %s", reason)
         except TransportError as error:
             if session.memory.end is not None:
                 session.memory.end.close()

@@ -47,6 +47,7 @@ from kvstore.fields import (
 from kvstore.layout import Layout
 from kvstore.loadreport import LoadReport
 from kvstore.memorymessages import (
+    RAILS_MAX,
     Map,
     Mapped,
     Memory,
@@ -312,6 +313,7 @@ class Done(Message, frozen=True, kw_only=True):
         queued_us: From the arrival of the request until its first byte was sent.
         service_us: From then until the last.
         lost_runs: Runs of DATA frames whose payload will never come by RDMA.
+        lost_rails: Places, in RAILS, of the queue pairs that were given up with such on them.
         report: The server's load at this moment.
     """
 
@@ -324,6 +326,9 @@ class Done(Message, frozen=True, kw_only=True):
     service_us: Count = 0
     lost_runs: Annotated[
         tuple[Annotated[int, Meta(ge=1, le=0xFFFFFFFF)], ...], Meta(max_length=ARRAY_ITEMS_MAX)
+    ] = ()
+    lost_rails: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=RAILS_MAX)], ...], Meta(max_length=RAILS_MAX)
     ] = ()
     report: LoadReport | None = None
 

@@ -47,7 +47,6 @@ class RelayTransfer(FetchTransfer):
         super().__init__(namespace, keys, pieces, memory, on_piece, on_failed)
         self._sink = sink
         self._verify = verify
-        self._keep_seeds = True
 
     def _arrived(self, piece: int, start: int, end: int) -> None:
         pieces = self.pieces

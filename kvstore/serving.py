@@ -10,31 +10,23 @@ Thread rule: everything runs on one loop's thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 
-from kvstore.blocksource import (
-    BlockSource,
-)
+from kvstore.blocksource import BlockSource
 from kvstore.buffers import Region
 from kvstore.endpoint import Endpoint
-from kvstore.errors import (
-    ConfigError,
-    TransportError,
-)
+from kvstore.errors import ConfigError, TransportError
 from kvstore.loadreport import LoadReport, NodeState
 from kvstore.loglimit import LogLimit
-from kvstore.messages import (
-    Role,
-    Status,
-)
+from kvstore.messages import Role, Status
 from kvstore.reporter import LoadReporter
 from kvstore.session import ServerConnection, Session
 from kvstore.transport import Listener, Marking, Stream, listen
@@ -45,8 +37,6 @@ from kvstore.version import VERSION
 from kvstore.views import ViewMemory
 
 logger = logging.getLogger(__name__)
-
-AnswerT = TypeVar("AnswerT")
 
 
 class ServerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +114,10 @@ class Server:
                     "is reachable by other hosts and there is no authentication; bind to"
                     " 127.0.0.1 or a unix socket, or allow it with --insecure",
                 )
+            if endpoint.scheme == "rdma" and memory is None:
+                raise ConfigError(
+                    "--listen", endpoint, "offers RDMA, and this process has no memory for it"
+                )
         self.source = source
         self.options = options
         self.boot_id = os.urandom(16)
@@ -162,11 +156,12 @@ class Server:
                 self._listeners.append(listen(endpoint, self._marking))
             self._set_up_rdma()
         except BaseException:
-            for listener in self._listeners:
-                listener.close()
-            self._listeners.clear()
-            self.reporter.close()
-            self._nodes.close()
+            with contextlib.ExitStack() as ending:
+                ending.callback(self._nodes.close)
+                ending.callback(self.reporter.close)
+                ending.callback(self._listeners.clear)
+                for listener in self._listeners:
+                    ending.callback(listener.close)
             raise
         self.endpoints = [listener.endpoint for listener in self._listeners]
         local = [str(endpoint) for endpoint in self.endpoints if endpoint.scheme == "unix"]
@@ -186,25 +181,32 @@ class Server:
         """
         limit_s = self.options.drain_s if drain_s is None else drain_s
         self.draining = True
-        for listener in self._listeners:
-            listener.close()
-        self.reporter.state_changed()
-        for connection in list(self.connections):
-            if connection.session is not None:
-                connection.protocol.goaway("shutting down")
-        deadline = self.loop.time() + limit_s
-        # Polled, once in the life of a process: an event would cost each request something.
-        while self.busy and self.loop.time() < deadline:  # noqa: ASYNC110
-            await asyncio.sleep(DRAIN_POLL_S)
+        # The last one first; all of them, even if one fails, or the wait is cancelled.
+        with contextlib.ExitStack() as ending:
+            if self.views is not None:
+                ending.callback(self.views.close)
+            ending.callback(self._nodes.close)
+            ending.callback(self.rdma.clear)
+            ending.callback(self._close_connections)
+            ending.callback(self.reporter.close)
+            for listener in self._listeners:
+                listener.close()
+            self.reporter.state_changed()
+            for connection in list(self.connections):
+                if connection.session is not None:
+                    connection.protocol.goaway("shutting down")
+            deadline = self.loop.time() + limit_s
+            # Polled, once in the life of a process: an event would cost each request something.
+            while self.busy and self.loop.time() < deadline:  # noqa: ASYNC110
+                await asyncio.sleep(DRAIN_POLL_S)
+
+    def _close_connections(self) -> None:
         if self._sweep is not None:
             self._sweep.cancel()
-        self.reporter.close()
-        for connection in list(self.connections):
-            connection.connection.close(TransportError("the server has stopped"))
-        self.rdma.clear()
-        self._nodes.close()
-        if self.views is not None:
-            self.views.close()
+        with contextlib.ExitStack() as ending:
+            for connection in self.connections:
+                reason = TransportError("the server has stopped")
+                ending.callback(connection.connection.close, reason)
 
     def _set_up_rdma(self) -> None:
         """Open the rails of rdma:// endpoints, and register the memory with them.
@@ -215,7 +217,8 @@ class Server:
         """
         for listener in self._listeners:
             endpoint = listener.endpoint
-            if endpoint.scheme == "rdma" and self._memory is not None:
+            if endpoint.scheme == "rdma":
+                assert self._memory is not None
                 options = endpoint_options(endpoint, "--listen")
                 node = self._nodes.node(options, endpoint.host)
                 view = self._memory.view if isinstance(self._memory, Region) else self._memory

@@ -8,6 +8,7 @@ Thread rule: everything runs on the server's loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -521,10 +522,12 @@ class ServerConnection(ServerHooks):
             self.session.connections.discard(self)
             if not self.session.connections:
                 server.sessions.pop(self.session_key, None)
-                server.source.owner_gone(self.session)
-                self.session.memory.close()
-                if self.session.views is not None:
-                    self.session.views.close()
+                # The last one first; all of them, even if one fails.
+                with contextlib.ExitStack() as ending:
+                    if self.session.views is not None:
+                        ending.callback(self.session.views.close)
+                    ending.callback(self.session.memory.close)
+                    ending.callback(server.source.owner_gone, self.session)
         server.reporter.touch()
 
 

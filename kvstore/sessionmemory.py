@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from kvstore.errors import Busy, TransportError
@@ -59,9 +60,10 @@ class SessionMemory:
 
     def close(self) -> None:
         """The client is gone. Harmless when called again."""
-        self.shared.close()
-        if self.end is not None:
-            self.end.close()
+        with contextlib.ExitStack() as ending:  # both, even if one fails
+            ending.callback(self.shared.close)
+            if self.end is not None:
+                ending.callback(self.end.close)
 
 
 __all__ = ["SessionMemory"]

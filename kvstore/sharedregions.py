@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 
 from kvstore.errors import LimitExceeded, LocalProtocolError
@@ -22,7 +23,8 @@ def host_bytes() -> int:
 class SharedRegions:
     """The regions of one session.
 
-    Thread rule: the loop's thread; only `SharedMapping.populate` may run elsewhere.
+    Thread rule: the loop's thread; only `populate` and `close` of a `SharedMapping` may run
+    elsewhere, and should, for both take 0.2 s a GiB.
 
     Args:
         who: The client, for errors.
@@ -67,8 +69,9 @@ class SharedRegions:
         self.shared_bytes += size_bytes
         return region
 
-    def unshare(self, number: int) -> None:
-        """Unmap a region, when no request under way uses it any more.
+    def unshare(self, number: int) -> SharedMapping:
+        """Take a region out. Whoever asks for that closes it; it is unmapped then, or when no
+        request under way uses it any more.
 
         Raises:
             LocalProtocolError: There is no such region.
@@ -77,7 +80,7 @@ class SharedRegions:
         if region is None:
             raise LocalProtocolError(f"UNSHARE of region {number}, which is not shared")
         self.shared_bytes -= region.size_bytes
-        region.close()
+        return region
 
     def sink(
         self, memory: Memory, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap
@@ -99,13 +102,13 @@ class SharedRegions:
         return CopyPuller(self._blocks(memory, places))
 
     def close(self) -> None:
-        """Unmap all of them, each when nothing uses it any more."""
-        for region in self._regions.values():
-            region.close()
-        self._regions.clear()
+        """Unmap all of them, in a thread, each when nothing uses it any more."""
+        regions, self._regions = list(self._regions.values()), {}
         self.shared_bytes = 0
+        if regions:
+            threading.Thread(target=_unmap, args=(regions,), name="unmap").start()
 
-    def _blocks(self, memory: Memory, places: MemoryMap) -> list[BlockMemory]:
+    def _blocks(self, memory: Memory, places: MemoryMap) -> Sequence[BlockMemory]:
         views: list[memoryview] = []
         for region in memory.regions:
             (number,) = region.keys if len(region.keys) == 1 else (-1,)
@@ -114,8 +117,13 @@ class SharedRegions:
                 raise LocalProtocolError(
                     f"{region}: must name a shared region, and not more of it than there is"
                 )
-            views.append(mapping.view)
-        return places.blocks(lambda number, offset, size: views[number][offset : offset + size])
+            views.append(mapping.view[: region.size_bytes])  # which keeps it mapped
+        return places.blocks(views)
+
+
+def _unmap(regions: list[SharedMapping]) -> None:
+    while regions:
+        regions.pop().close()
 
 
 __all__ = ["SharedRegions", "host_bytes"]

@@ -8,7 +8,8 @@ that a byte of an older attempt never counts.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 from kvstore.blocksource import Chunk
@@ -66,20 +67,15 @@ def slice_memory(
     if isinstance(memory, memoryview):
         first = start - geometry.offsets[layer_first]
         return [memory[first : first + length]]
-    views = []
-    layer = _layer_at(geometry, start)
-    while length:
-        first = start - geometry.offsets[layer]
-        take = min(length, geometry.layer_bytes[layer] - first)
-        views.append(memory[layer - layer_first][first : first + take])
-        start += take
-        length -= take
-        layer += 1
+    offsets, end = geometry.offsets, start + length
+    first = bisect_right(offsets, start) - 1
+    last = bisect_left(offsets, end, first)
+    views = list(memory[first - layer_first : last - layer_first])
+    if offsets[last] > end:
+        views[-1] = views[-1][: end - offsets[last - 1]]
+    if offsets[first] < start:
+        views[0] = views[0][start - offsets[first] :]
     return views
-
-
-def _layer_at(geometry: Geometry, offset: int) -> int:
-    return bisect_right(geometry.offsets, offset) - 1
 
 
 class FetchTransfer:
@@ -118,11 +114,10 @@ class FetchTransfer:
         self._namespace = namespace
         self._on_piece = on_piece
         self._on_failed = on_failed
-        self._filled = [0] * pieces.piece_count
-        self._groups_left = [pieces.group_count] * len(keys)
+        # Bytes of each block that were announced: one number a key, for its groups come in order.
+        self._filled = array("Q", bytes(8 * len(keys)))
         self._expected: dict[int, bytes] = {}
-        self._seeds: dict[int, int] = {}
-        self._keep_seeds = pieces.group_count > 1
+        self._seeds = array("Q", bytes(8 * len(keys)))
         self._abandoned = False
         self._trusted = False  # what is told of now was verified before
 
@@ -142,42 +137,48 @@ class FetchTransfer:
             RemoteProtocolError: The frame lies outside of the request, repeats bytes, leaves
                 a gap, or brings a group of layers before an earlier one of the same block.
         """
-        pieces, filled, geometry = self.pieces, self._filled, self.pieces.geometry
-        piece, offset, left = header.piece, header.piece_offset, header.payload_length
+        pieces, geometry = self.pieces, self.pieces.geometry
         views: list[memoryview] = []
-        key_count = pieces.key_count
+        for index, start, take in self._claim(header):
+            if self._abandoned or self.outcomes[index] != PENDING:
+                views += scratch(take)
+            else:
+                views += slice_memory(self.memory[index], geometry, pieces.layer_first, start, take)
+        return views
+
+    def _claim(self, header: Header) -> list[tuple[int, int, int]]:
+        """Which bytes a DATA frame brings, (key index, where in the block, how many), that none
+        has brought before. Raises as `route`."""
+        pieces, filled = self.pieces, self._filled
+        piece, offset, left = header.piece, header.piece_offset, header.payload_length
+        parts: list[tuple[int, int, int]] = []
+        key_count, ranges = pieces.key_count, pieces.group_ranges
+        base = ranges[0][2]
         while left:
             if piece >= pieces.piece_count:
                 raise RemoteProtocolError(
                     f"DATA for piece {piece}, the request has {pieces.piece_count}"
                 )
             group, index = divmod(piece, key_count)
-            _, _, start, size = pieces.group_ranges[group]
-            if offset != filled[piece] or offset >= size:
-                raise RemoteProtocolError(
-                    f"DATA for byte {offset} of piece {piece}, expected byte {filled[piece]}"
-                    f" of {size}"
-                )
-            if (
-                group
-                and not offset
-                and filled[piece - key_count] != pieces.group_ranges[group - 1][3]
-            ):
+            _, _, start, size = ranges[group]
+            # Groups of a block come in order: so much of this one is here.
+            here = filled[index] + base - start
+            if here < 0 and not offset:
                 raise RemoteProtocolError(
                     f"DATA for group {group} of key {index} before all of the group in front of it"
                 )
-            take = min(left, size - offset)
-            filled[piece] += take
-            if self._abandoned or self.outcomes[index] != PENDING:
-                views += scratch(take)
-            else:
-                views += slice_memory(
-                    self.memory[index], geometry, pieces.layer_first, start + offset, take
+            if offset != here or offset >= size:
+                raise RemoteProtocolError(
+                    f"DATA for byte {offset} of piece {piece}, expected byte"
+                    f" {min(max(here, 0), size)} of {size}"
                 )
+            take = min(left, size - offset)
+            filled[index] += take
+            parts.append((index, start + offset, take))
             left -= take
             piece += 1
             offset = 0
-        return views
+        return parts
 
     def placed(
         self,
@@ -196,7 +197,7 @@ class FetchTransfer:
         Raises:
             RemoteProtocolError: As of `route` and `data`.
         """
-        self.route(header, _no_scratch)
+        self._claim(header)
         for index in corrupt:
             if not 0 <= index < self.pieces.key_count:
                 raise RemoteProtocolError(
@@ -294,11 +295,9 @@ class FetchTransfer:
         """Whether layers `[first, last)` of a block match their checksums; if not it fails."""
         if self._trusted or self.trusting:
             return True
-        seed = self._seeds.get(index)
-        if seed is None:
-            seed = block_seed(self._namespace, self.keys[index])
-            if self._keep_seeds:
-                self._seeds[index] = seed
+        seed = self._seeds[index]
+        if not seed:
+            seed = self._seeds[index] = block_seed(self._namespace, self.keys[index])
         geometry = self.pieces.geometry
         layers: Sequence[memoryview]
         memory = self.memory[index]
@@ -317,8 +316,7 @@ class FetchTransfer:
         return False
 
     def _group_done(self, index: int, group: int) -> None:
-        self._groups_left[index] -= 1
-        if self._groups_left[index] == 0:
+        if group == self.pieces.group_count - 1:  # the others came before it
             self.outcomes[index] = FetchOutcome.HIT
         self._on_piece(index, group)
 
@@ -428,10 +426,6 @@ class PutTransfer:
         self._out_count -= 1
         if not self._out_count:
             self.on_idle()
-
-
-def _no_scratch(length: int) -> list[memoryview]:
-    return []
 
 
 def check_memory(

@@ -19,7 +19,9 @@ import itertools
 import os
 import struct
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from kvstore.blocksource import Chunk
 from kvstore.buffers import Region
@@ -35,6 +37,12 @@ from kvstore.wire import PLACED_BYTES_MAX
 VIEWED_SHARE_MAX = 0.5
 #: Numbers of leases of views; those of lookups are small.
 LEASE_FIRST = 1 << 61
+# What is verified in one go, unless it is one block: 30 us. Others have their turn after a few.
+VERIFIED_BYTES_MAX = 1024 * 1024
+
+
+#: How chunks are given back.
+Releases: TypeAlias = Sequence[Callable[[], None]]
 
 
 class ViewMemory:
@@ -68,12 +76,10 @@ class ViewMemory:
 class _Lease:
     """What one view keeps, until when."""
 
-    __slots__ = ("chunks", "size_bytes", "timer")
+    __slots__ = ("releases", "size_bytes", "timer")
 
-    def __init__(
-        self, chunks: Sequence[Chunk], size_bytes: int, timer: asyncio.TimerHandle
-    ) -> None:
-        self.chunks = chunks
+    def __init__(self, releases: Releases, size_bytes: int, timer: asyncio.TimerHandle) -> None:
+        self.releases = releases
         self.size_bytes = size_bytes
         self.timer = timer
 
@@ -101,11 +107,11 @@ class SessionViews:
         """What collects the blocks of one VIEW."""
         return ViewSink(self, namespace, keys, pieces, lease_ms, verify)
 
-    def lease(self, chunks: Sequence[Chunk], size_bytes: int, lease_ms: int) -> int:
-        """Keep chunks for so long; the number of the lease."""
+    def lease(self, releases: Releases, size_bytes: int, lease_ms: int) -> int:
+        """Keep chunks for so long, of which nothing else is kept; the number of the lease."""
         number = next(self._numbers)
         timer = self._loop.call_later(lease_ms / 1e3, self._end, number)
-        self._leases[number] = _Lease(chunks, size_bytes, timer)
+        self._leases[number] = _Lease(releases, size_bytes, timer)
         return number
 
     def renew(self, numbers: Sequence[int], lease_ms: int) -> list[bool]:
@@ -133,21 +139,20 @@ class SessionViews:
         if lease is None:
             return False
         lease.timer.cancel()
-        self.let_go(lease.chunks, lease.size_bytes)
+        self.let_go(lease.releases, lease.size_bytes)
         return True
 
-    def let_go(self, chunks: Sequence[Chunk], size_bytes: int) -> None:
+    def let_go(self, releases: Releases, size_bytes: int) -> None:
         """Nobody looks at chunks any more."""
         self.memory.viewed_bytes -= size_bytes
-        for chunk in chunks:
-            chunk.release()
+        for release in releases:
+            release()
 
 
 class ViewSink(FetchSink):
     """Collects the chunks of a fetch instead of moving them, and says where they lie."""
 
     transport = "views"
-    chunk_bytes = PLACED_BYTES_MAX
     works = True
 
     def __init__(
@@ -166,12 +171,15 @@ class ViewSink(FetchSink):
         self._pieces = pieces
         self._lease_ms = lease_ms
         self._verify = verify
+        self.chunk_bytes = PLACED_BYTES_MAX
+        if verify:
+            self.chunk_bytes = max(VERIFIED_BYTES_MAX, pieces.span_bytes)
         self._verify_s = 0.0
-        self._chunks: list[Chunk] = []
+        self._releases: list[Callable[[], None]] = []
         self._kept_bytes = 0
         # For each key where its block begins, how much of it is there, and its checksums.
-        self._offsets = [0] * len(keys)
-        self._filled = [0] * len(keys)
+        self._offsets = array("Q", bytes(8 * len(keys)))
+        self._filled = array("Q", bytes(8 * len(keys)))
         self._expected: dict[int, bytes] = {}
         self._corrupt: set[int] = set()
 
@@ -196,7 +204,7 @@ class ViewSink(FetchSink):
             return
         memory.viewed_bytes += chunk.length
         self._kept_bytes += chunk.length
-        self._chunks.append(chunk)
+        self._releases.append(chunk.release)
         index, at, known = chunk.piece, chunk.piece_offset, 0
         checksum_bytes = self._pieces.geometry.layer_count * CHECKSUM_BYTES
         block_bytes = self._pieces.span_bytes
@@ -227,13 +235,12 @@ class ViewSink(FetchSink):
                 else:
                     hits += 1
         errors = done.errors if self.failure is None else reasons([self.failure])
-        chunks, kept_bytes = self._chunks, self._kept_bytes
-        self._chunks, self._kept_bytes = [], 0
+        releases, kept_bytes = self._take_kept()
         lease = 0
         if hits:
-            lease = self._views.lease(chunks, kept_bytes, self._lease_ms)
+            lease = self._views.lease(releases, kept_bytes, self._lease_ms)
         else:
-            self._views.let_go(chunks, kept_bytes)
+            self._views.let_go(releases, kept_bytes)
         return ViewReply(
             # Without the load report: a client on this host needs none with each batch.
             done=Done(outcomes=bytes(outcomes), tiers=done.tiers, errors=errors),
@@ -245,9 +252,12 @@ class ViewSink(FetchSink):
 
     def close(self) -> None:
         super().close()
-        chunks, kept_bytes = self._chunks, self._kept_bytes
-        self._chunks, self._kept_bytes = [], 0
-        self._views.let_go(chunks, kept_bytes)
+        self._views.let_go(*self._take_kept())
+
+    def _take_kept(self) -> tuple[Releases, int]:
+        releases, kept_bytes = self._releases, self._kept_bytes
+        self._releases, self._kept_bytes = [], 0
+        return releases, kept_bytes
 
     def _check(self, index: int) -> None:
         """Compare a block that is whole with its checksums."""

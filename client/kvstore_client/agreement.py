@@ -9,17 +9,30 @@ from functools import partial
 from typing import NamedTuple
 
 from kvstore.endpoint import Endpoint
-from kvstore.errors import RefusedError, RemoteProtocolError, TransportError
-from kvstore.memorymessages import RDMA, SHM, VIEWS, Rails
+from kvstore.errors import RefusedError, RemoteProtocolError, TransportError, TransportTimeout
+from kvstore.memorymessages import (
+    RDMA,
+    REGION_METADATA_BYTES,
+    REGIONS_PER_REQUEST_MAX,
+    SHM,
+    VIEWS,
+    Rails,
+)
 from kvstore.messages import Welcome
 from kvstore.protocol import ClientProtocol
 from kvstore.transport.connection import FrameConnection
 from kvstore.transport.rdma import RdmaNode
+from kvstore.transport.rdma_end import RailsUnreached
 from kvstore.transport.rdma_nodes import RdmaNodes, endpoint_options
 from kvstore.transport.rdma_options import RdmaOptions
 from kvstore.wire import FrameType
-from kvstore_client.linkmemory import Ask, LinkMemory, RdmaMemory, SharedMemory
-from kvstore_client.memory import Regions
+from kvstore_client.linkmemory import (
+    Ask,
+    LinkMemory,
+    RdmaMemory,
+    SharedMemory,
+)
+from kvstore_client.memory import Region, Regions
 from kvstore_client.transports import AUTO
 
 logger = logging.getLogger(__name__)
@@ -27,6 +40,10 @@ logger = logging.getLogger(__name__)
 # For a peer that has seen our last queue pair fail to say how its requests have ended, and why:
 # twice what it takes itself until it closes the session.
 LAST_WORDS_S = 0.2
+# For news that lie in a device of ours when DONE is here: they may be gone with a rail that failed
+# at this side, of which the peer knows nothing. Twice, since this loop may have had no time.
+NEWS_LOOK_S = 0.1
+NEWS_LOOKS = 2
 # Queue pairs come up without a word between their devices: that these reach each other is seen
 # only when something moves. So many requests in a row that lost all they carried, and for so long
 # the stream is used, where it may be: a network that passes no RDMA costs no answers.
@@ -99,7 +116,13 @@ class Agreement:
         if SHM in offered and wanted in (AUTO, SHM):
             carriers = (channels.fetch, channels.put)
             return SharedMemory(
-                self._loop, self.regions, channels.control, carriers, ask, VIEWS in offered
+                self._loop,
+                self.regions,
+                channels.control,
+                carriers,
+                ask,
+                views=VIEWS in offered,
+                only=wanted == SHM,
             )
         if RDMA in offered and wanted in (AUTO, RDMA):
             try:
@@ -107,7 +130,8 @@ class Agreement:
                     self._check_reached(endpoint)
                 return await self._by_rdma(endpoint, welcome, channels, ask, on_failed)
             except (TransportError, RefusedError) as error:
-                if wanted == RDMA or channels.control.closed:
+                # With rails that are not to be used, another session can be had.
+                if wanted == RDMA or isinstance(error, RailsUnreached) or channels.control.closed:
                     raise
                 self._complain(f"{welcome.node_id} offers rdma, and {stream} is used: {error}")
                 return None
@@ -120,21 +144,28 @@ class Agreement:
 
     async def share_all(self, memory: LinkMemory, peer: str) -> None:
         """Let a peer reach all regions, those too that are made meanwhile."""
-        tried: set[int] = set()
+        tried: dict[int, Region] = {}
         while True:
+            # Nobody else takes back from this peer what was freed meanwhile.
+            gone = [region for region in tried.values() if region.freed and memory.knows(region)]
             left = [region for region in self.regions.all() if region.number not in tried]
-            if not left:
+            if not left and not gone:
                 return
+            for region in gone:
+                del tried[region.number]
+                await memory.remove(region)
             for region in left:
-                tried.add(region.number)
+                tried[region.number] = region
                 if region.freed:
                     continue
-                try:
-                    await memory.add(region)
-                    if region.freed:  # meanwhile, and nobody else takes it back from this peer
-                        await memory.remove(region)
-                except RefusedError as error:
-                    logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, error)
+                refusal = await memory.offer(region)
+                if refusal:
+                    logger.warning("%s: region of %d bytes: %s", peer, region.size_bytes, refusal)
+
+    @property
+    def regions_bytes(self) -> int:
+        """Metadata that the names of regions take in a request at most."""
+        return REGION_METADATA_BYTES * min(len(self.regions), REGIONS_PER_REQUEST_MAX)
 
     async def settled(self, timeout_s: float) -> None:
         """All links are down: wait until their peers can touch our memory no more; not longer
@@ -180,8 +211,18 @@ class Agreement:
             if end.failed is not None:
                 self._loop.call_later(LAST_WORDS_S, give_up, error)
 
+        def look_for_news(request_id: int, looks: int = NEWS_LOOKS) -> None:
+            if not protocol.news_missing(request_id):
+                return
+            if looks:
+                self._loop.call_later(NEWS_LOOK_S, look_for_news, request_id, looks - 1)
+                return
+            name = welcome.node_id
+            give_up(TransportTimeout(f"rdma to {name}: news of what it has written are missing"))
+
         try:
             end.on_run, end.on_failed = on_run, on_error
+            protocol.on_news_missing = look_for_news
             reply = await ask(FrameType.RAILS, end.addresses())
             assert isinstance(reply, Rails)
             end.connect(reply)

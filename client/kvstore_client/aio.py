@@ -92,9 +92,10 @@ class AsyncClient:
         transport: What moves payload. "auto": into memory that was allocated or registered here,
             the best that a peer offers, else through its socket. "tcp", "unix": sockets of that
             kind only. "shm", "rdma": that only; peers that do not offer it count as down. With
-            "rdma" blocks whose memory was not allocated or registered are UNAVAILABLE; with
-            "auto" the socket is used for a minute when RDMA loses what two requests in a row
-            carried: devices that see no way to each other find out no sooner.
+            "rdma" blocks whose memory was not allocated or registered, and with "shm" those whose
+            memory was not allocated, are UNAVAILABLE, and `errors` say why; with "auto" the
+            socket is used for a minute when RDMA loses what two requests in a row carried:
+            devices that see no way to each other find out no sooner.
         verify: Whether payload is compared with its checksums; without, wrong bytes are not
             noticed: for measurements only.
         seed: Makes backoff, ramp-in and the selector's draws repeatable.
@@ -440,8 +441,7 @@ class AsyncClient:
             OSError: The system has no memory left.
         """
         self._running()
-        region = await asyncio.to_thread(self.cluster.regions.allocate, size_bytes)
-        return await self.cluster.add_region(region)
+        return await self.cluster.allocate(size_bytes)
 
     async def register(self, buffer: object) -> Region:
         """As `allocate`, with memory of the caller: for RDMA. Other processes cannot map it.

@@ -8,9 +8,9 @@ next.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
-import os
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -51,11 +51,11 @@ from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
 from kvstore_client.jobs import FetchJob, PutJob, Route
-from kvstore_client.link import KEY_METADATA_BYTES, LinkSetup, PeerLink
-from kvstore_client.linkmemory import place_bytes_of
+from kvstore_client.link import KEY_METADATA_BYTES, PeerLink
 from kvstore_client.lookup import ClusterLookup
 from kvstore_client.memory import Region, Regions
 from kvstore_client.namespaces import FINAL_REFUSALS, Namespace
+from kvstore_client.opening import LinkSetup
 from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.direct import AgentPath, DirectPath
 from kvstore_client.paths.relay import RelayPath
@@ -72,8 +72,10 @@ from kvstore_client.placement import (
     extents_of,
     parts,
 )
+from kvstore_client.places import place_bytes_of
 from kvstore_client.relays import Relays, check_relays
 from kvstore_client.selector import PathMeter, Policy, Span
+from kvstore_client.sharing import Sharing
 from kvstore_client.spread import Spread, Ways
 from kvstore_client.views import Views, view_at
 from kvstore_client.voices import Voices
@@ -132,6 +134,7 @@ class Cluster(Ways):
         self._relay = RelayPath()
         self._store: StorePath
         self._agreement: Agreement
+        self._sharing: Sharing
         self._peers: PeerLinks | None = None
         self._namespaces: dict[bytes, Namespace] = {}
         # The newest question for each name whose answer is waited for.
@@ -146,13 +149,13 @@ class Cluster(Ways):
         self._loop = asyncio.get_running_loop()
         self._store = StorePath(self._loop)
         self._agreement = Agreement(self._loop, self._options.transport, self.regions)
+        self._sharing = Sharing(self._loop, self.regions, self._all_links)
         self._checksums = ChecksumMaker(self._loop)
         options = self._options
         draws = random.Random(options.seed)
         setup = LinkSetup(
             node_id=options.node_id,
             role=options.role,
-            session=os.urandom(16),
             token=options.token,
             request_ids=itertools.count(1),
             timeout_s=options.connect_timeout_s,
@@ -202,29 +205,24 @@ class Cluster(Ways):
                 task.cancel()
             await asyncio.gather(*hanging, return_exceptions=True)
         self._checksums.close()
-        for region in self.regions.all():
-            self.regions.remove(region, close=not region.users)
-        self._agreement.close()
+        async with contextlib.AsyncExitStack() as ending:  # all of it, even if some of it fails
+            ending.push_async_callback(self._sharing.unmap)
+            ending.callback(self._agreement.close)
+            ending.callback(self._sharing.withdraw)
 
     # --- memory ----------------------------------------------------------------------------
 
+    async def allocate(self, size_bytes: int) -> Region:
+        """New memory that all peers reach; see `AsyncClient.allocate`."""
+        return await self._sharing.allocate(size_bytes)
+
     async def add_region(self, region: Region) -> Region:
         """Let all peers reach a region, now or when their links come up."""
-        await asyncio.gather(*(link.add_region(region) for link in self._all_links()))
-        return region
+        return await self._sharing.add(region)
 
     async def free_region(self, region: Region) -> None:
-        """Take a region back from all peers; none reaches it when this returns.
-
-        Raises:
-            LocalProtocolError: It is none of ours, or a request is not quiet.
-        """
-        self.regions.check_free(region)
-        self.regions.remove(region, close=False)
-        try:
-            await asyncio.gather(*(link.remove_region(region) for link in self._all_links()))
-        finally:
-            region.give_back()  # nothing is under way in it, whoever has it mapped yet
+        """Take a region back from all peers; see `AsyncClient.free`."""
+        await self._sharing.free(region)
 
     def _all_links(self) -> list[PeerLink]:
         return [*self._links, *self._others()]

@@ -14,17 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
-import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import msgspec
-
-from kvstore.endpoint import Endpoint, parse_endpoint
+from kvstore.endpoint import Endpoint
 from kvstore.errors import (
     KVStoreError,
     RefusedError,
@@ -33,11 +28,9 @@ from kvstore.errors import (
     UnknownNamespace,
 )
 from kvstore.loadreport import LoadReport
-from kvstore.memorymessages import SHM
 from kvstore.messages import (
     KEYS_PER_REQUEST_MAX,
     Cancel,
-    Channel,
     CorruptReport,
     Fetch,
     Goaway,
@@ -49,18 +42,16 @@ from kvstore.messages import (
     Subscribe,
     Welcome,
 )
-from kvstore.protocol import ClientProtocol, Reply, hello_message
+from kvstore.protocol import ClientProtocol, Reply
 from kvstore.transfer import FetchTransfer, PutTransfer
-from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
-from kvstore.transport.shm import host_name
 from kvstore.wire import FrameType
-from kvstore_client.agreement import Agreement, Channels
+from kvstore_client.agreement import Channels
 from kvstore_client.breaker import RAMP_SHARE_MIN, Backoff, BreakerState, CircuitBreaker
 from kvstore_client.linkmemory import LinkMemory, NamedMemory
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace, WantedNamespaces
-from kvstore_client.transports import AUTO
+from kvstore_client.opening import LinkSetup, Opening
 
 logger = logging.getLogger(__name__)
 
@@ -78,38 +69,12 @@ SHARE_TIMEOUT_S = 30.0
 FETCHES_MAX = 128
 # Fewer puts: the checksums of all that are begun at once are made in one turn of the loop.
 PUTS_MAX = 16
-# A key and its framing in the metadata of a request, and all but the keys of most requests.
+# A key and its framing in the metadata of a request, and all but the keys, and the names of
+# regions, of most requests.
 KEY_METADATA_BYTES = 68
 FIXED_METADATA_BYTES = 1024
 # A bad disk or memory module damages thousands of blocks: one line in ten seconds says so.
 CORRUPT_LOG_PAUSE_S = 10.0
-
-
-class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
-    """What all links of a client have in common.
-
-    Attributes:
-        node_id, role, session, token: How we introduce ourselves.
-        request_ids: Ids that are unique within the session.
-        timeout_s: For connecting, and for requests without payload.
-        on_report: Called with every load report that comes, and the link that brought it.
-        draws: Chance, for backoff and ramp-in.
-        counters: Where to count.
-        agreement: On what is to move payload.
-        verify: Whether what peers have not verified in our memory is verified.
-    """
-
-    node_id: str
-    role: Role = Role.CLIENT
-    session: bytes
-    token: str
-    request_ids: itertools.count[int]
-    timeout_s: float
-    on_report: Callable[[PeerLink, LoadReport], None]
-    draws: random.Random
-    counters: Counter[str]
-    agreement: Agreement
-    verify: bool = True
 
 
 class PeerLink:
@@ -145,7 +110,6 @@ class PeerLink:
         self._counters = setup.counters
         self._namespaces = WantedNamespaces(str(endpoint))
         self._stream_transport = endpoint.scheme
-        self._endpoint_used = endpoint
         self._was_up = False
         self._corrupt_count = 0  # that the log has not been told of
         self._corrupt_logged_at: float | None = None
@@ -218,6 +182,8 @@ class PeerLink:
             more_bytes: Metadata beside the keys, where it is much.
         """
         limits = self.limits
+        if self.memory is not None:
+            more_bytes += self._setup.agreement.regions_bytes
         room = (limits.metadata_bytes - FIXED_METADATA_BYTES - more_bytes) // each_bytes
         return max(1, min(limits.keys_per_request, KEYS_PER_REQUEST_MAX, room))
 
@@ -415,27 +381,30 @@ class PeerLink:
     def expect_free(self, named: NamedMemory) -> None:
         """A request was given up that has named memory: its peer has 200 ms for the last word,
         then the link is taken down."""
-        channels = self._channels
+
+        def asked() -> bool:
+            # The way of a link that was taken down ends by itself.
+            return not named.free.done() and self.memory is named.way
 
         def check() -> None:
-            if not named.free.done() and self._channels is channels:
+            if asked():
                 self._take_down(TransportTimeout(f"{self.peer} does not end a cancelled request"))
 
-        if channels is not None and not named.free.done():
+        if asked():
             self._loop.call_later(CANCEL_GRACE_S, check)
 
     async def add_region(self, region: Region) -> None:
         """Let the peer reach a region, if the link is up and moves payload that way. What it
-        refuses travels through the socket."""
+        refuses travels through the socket, if it may."""
         memory = self.memory
         if self._channels is None or memory is None:
             return
         try:
-            await memory.add(region)
-        except RefusedError as error:
-            logger.warning("%s: region of %d bytes: %s", self.peer, region.size_bytes, error)
+            refusal = await memory.offer(region)
         except TransportError:
             return  # when the link is up again, all regions are shared
+        if refusal:
+            logger.warning("%s: region of %d bytes: %s", self.peer, region.size_bytes, refusal)
 
     async def remove_region(self, region: Region) -> None:
         """The peer reaches a region no more when this returns."""
@@ -518,15 +487,19 @@ class PeerLink:
             await asyncio.sleep(backoff.next_delay_s(self._draws.random()))
 
     async def _bring_up(self) -> None:
-        opened: list[FrameConnection] = []
+        opening = Opening(
+            self._loop,
+            self.endpoint,
+            self._setup,
+            self._daemon_only,
+            self._take_down,
+            self._goaway,
+        )
         memory: LinkMemory | None = None
         self._down.clear()
         try:
-            opened.append(await self._open_control())
-            endpoint = self._endpoint_used
-            for _ in range(2):
-                opened.append(await self._open(Channel.DATA, endpoint))
-            channels = Channels(*opened)
+            channels = await opening.channels()
+            self.welcome = opening.welcome
             assert self.welcome is not None
             ask = partial(self._ask_memory, channels.control)
             agreement = self._setup.agreement
@@ -537,7 +510,7 @@ class PeerLink:
             if memory is not None:
                 await agreement.share_all(memory, self.peer)
             # From here on nothing waits, so that nothing comes between.
-            if any(connection.closed for connection in opened):
+            if opening.any_closed:
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
             self._going_away = False
             self._channels = channels
@@ -548,80 +521,13 @@ class PeerLink:
             self._was_up = True
             self._subscribe()
         except BaseException as error:
+            self.welcome = opening.welcome or self.welcome
             self._channels = None
             if memory is not None:
                 memory.close()
-            for connection in opened:
-                connection.close(TransportError(f"{self.endpoint}: {error}"))
+            opening.close(TransportError(f"{self.endpoint}: {error}"))
             raise
         logger.info("%s: connected to %s", self.endpoint, self.peer)
-
-    async def _open_control(self) -> FrameConnection:
-        """The first connection; by the peer's unix socket if it is on this host, and has one."""
-        control = await self._open(Channel.CONTROL, self.endpoint)
-        welcome, self._endpoint_used = self.welcome, self.endpoint
-        assert welcome is not None
-        if (
-            self._setup.agreement.wanted not in (AUTO, SHM)
-            or not welcome.local
-            or self.endpoint.scheme == "unix"
-            or welcome.host != host_name()
-        ):
-            return control
-        try:
-            local = parse_endpoint(welcome.local)
-            nearer = await self._open(Channel.CONTROL, local)
-        except KVStoreError as error:
-            logger.info("%s: its socket %s cannot be used: %s", self.peer, welcome.local, error)
-            self.welcome = welcome
-            return control
-        except BaseException:
-            control.close(TransportError("given up"))
-            raise
-        found = self.welcome
-        if found is None or found.boot_id != welcome.boot_id:  # another daemon has its path
-            nearer.close(TransportError("another server"))
-            self.welcome = welcome
-            return control
-        control.close(TransportError("not needed"))
-        self._endpoint_used = local
-        return nearer
-
-    async def _open(self, channel: Channel, endpoint: Endpoint) -> FrameConnection:
-        stream = await connect(self._loop, endpoint, self._timeout_s)
-        welcomed: asyncio.Future[Welcome | Exception] = self._loop.create_future()
-
-        def settle(result: Welcome | Exception) -> None:
-            if not welcomed.done():
-                welcomed.set_result(result)
-
-        def on_closed(reason: Exception) -> None:
-            settle(reason)
-            self._take_down(reason)
-
-        setup = self._setup
-        hello = hello_message(setup.node_id, setup.role, setup.session, channel, setup.token)
-        protocol = ClientProtocol(hello, settle, self._goaway)
-        connection = FrameConnection(self._loop, stream, protocol, on_closed)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                result = await welcomed
-        except BaseException as error:
-            connection.close(TransportError("no WELCOME"))
-            if isinstance(error, TimeoutError):
-                raise TransportTimeout(f"{self.endpoint}: no WELCOME") from None
-            raise
-        if isinstance(result, Exception):
-            raise result
-        if self._daemon_only and result.role is Role.AGENT:
-            # Two of them that are each other's storage would ask each other without end.
-            refusal = RefusedError(
-                f"{result.node_id} is the agent of a node: an agent reads from daemons only"
-            )
-            connection.close(refusal)
-            raise refusal
-        self.welcome = result
-        return connection
 
     async def _ask_memory(
         self, control: FrameConnection, type: FrameType, message: Message

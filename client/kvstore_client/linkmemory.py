@@ -13,8 +13,12 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
-from kvstore.errors import LocalProtocolError, RefusedError, RemoteProtocolError
-from kvstore.memorymap import PLACE_BYTES, describe
+from kvstore.errors import (
+    LocalProtocolError,
+    RefusedError,
+    RemoteProtocolError,
+    TransportError,
+)
 from kvstore.memorymessages import Map, Mapped, Memory, MemoryRegion, Share, Unshare
 from kvstore.messages import Done, FetchOutcome, Message, PutDone, PutOutcome
 from kvstore.protocol import Reply
@@ -26,6 +30,7 @@ from kvstore.transport.shm import MappedArena
 from kvstore.transport.verbs import VerbsError
 from kvstore.wire import FrameType
 from kvstore_client.memory import Region, Regions
+from kvstore_client.places import locate
 
 # A peer lets 16 descriptors wait, and with a send go no more than that: one of which the frame has
 # gone ahead would later be taken for the memory of another frame.
@@ -35,26 +40,25 @@ SHARES_UNDER_WAY_MAX = 8
 Ask = Callable[[FrameType, Message], Awaitable[Message]]
 
 
-def place_bytes_of(memory: BlockMemory) -> int:
-    """Metadata that the places of a block take in a request."""
-    return PLACE_BYTES * (1 if isinstance(memory, memoryview) else len(memory))
-
-
 class LinkMemory(abc.ABC):
     """One way into memory, for as long as a link is up. On the loop's thread.
 
     Attributes:
         transport: What moves the bytes, for attribution.
         only: Whether nothing else is to move payload.
+        refusals: Why regions could not be handed over, by their numbers.
         on_moved: Called when a request has ended whose payload has come where it was to go
             (True), or was lost on the way (False).
     """
 
     transport: str
-    only = False
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, regions: Regions) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, regions: Regions, only: bool = False
+    ) -> None:
         self.loop = loop
+        self.only = only
+        self.refusals: dict[int, str] = {}
         self._regions = regions
         self.on_moved: Callable[[bool], None] = _nobody_asks
         #: Done when the peer can touch no memory any more, after `close`.
@@ -65,24 +69,27 @@ class LinkMemory(abc.ABC):
         peer knows.
 
         Raises:
-            LocalProtocolError: So it is, and it may go no other way.
+            LocalProtocolError: So it is, and it may go no other way; says why.
         """
-        named: dict[int, Region] = {}
-
-        def locate(view: memoryview) -> tuple[int, int] | None:
-            found = self._regions.locate(view)
-            if found is None or not self.knows(found[0]):
+        try:
+            located = locate(self._regions, memory)
+            for region in located.regions:
+                if not self.knows(region):
+                    reason = self.refusals.get(region.number, "it is not handed over yet")
+                    raise LocalProtocolError(f"a region of {region.size_bytes} bytes: {reason}")
+        except LocalProtocolError as error:
+            if not self.only:
                 return None
-            named[found[0].number] = found[0]
-            return found[0].number, found[1]
-
-        told = describe(memory, locate, lambda number: self.region(named[number]))
-        if told is None and self.only:
             raise LocalProtocolError(
-                f"transport={self.transport}, and memory of these blocks lies in no region that it"
-                " reaches: get it by allocate, or register it"
-            )
-        return None if told is None else NamedMemory(self, told, list(named.values()))
+                f"transport={self.transport}, and memory of these blocks is not reached by it:"
+                f" {error}"
+            ) from error
+        told = Memory(
+            regions=tuple(map(self.region, located.regions)),
+            places=located.places,
+            layered=located.layered,
+        )
+        return NamedMemory(self, told, located.regions)
 
     @abc.abstractmethod
     def knows(self, region: Region) -> bool:
@@ -100,9 +107,31 @@ class LinkMemory(abc.ABC):
             KVStoreError: It is refused, or the link breaks.
         """
 
+    async def offer(self, region: Region) -> str:
+        """As `add`, and note why it is refused; "" if it is not.
+
+        Raises:
+            TransportError: The link breaks.
+        """
+        try:
+            await self.add(region)
+        except RefusedError as error:
+            self.refusals[region.number] = str(error)
+            return str(error)
+        self.refusals.pop(region.number, None)
+        return ""
+
     @abc.abstractmethod
     async def remove(self, region: Region) -> None:
         """The peer reaches a region no more when this returns; raises as `add`."""
+
+    def release(self, lost: Done | None, then: Callable[[], None]) -> None:
+        """A request has ended by the peer's last word: call when its memory is free.
+
+        Args:
+            lost: The word, where payload was lost on its way.
+        """
+        then()
 
     def give_up(self) -> None:  # noqa: B027 - most have nothing to give back
         """Wait for `settled` no more: it never comes."""
@@ -118,6 +147,7 @@ class NamedMemory:
     Attributes:
         memory: What the request says.
         transport: What moves its payload.
+        way: Into it.
         free: Done when the peer has said its last word, or can touch no memory any more.
     """
 
@@ -125,7 +155,7 @@ class NamedMemory:
         self.memory = memory
         self.transport = way.transport
         self.free: asyncio.Future[None] = way.loop.create_future()
-        self._way = way
+        self.way = way
         self._calls: list[Callable[[], None]] = []
         self._regions = regions
         for region in regions:
@@ -142,12 +172,13 @@ class NamedMemory:
         """The peer's last word, or the error that came in its place."""
         moved = _moved(reply)
         if moved is not None:
-            self._way.on_moved(moved)
+            self.way.on_moved(moved)
         if isinstance(reply, Exception) and not isinstance(reply, RefusedError):
             # The connection is gone; its peer may be at work for a moment longer.
-            self._way.settled.add_done_callback(lambda _: self._end())
+            self.way.settled.add_done_callback(lambda _: self._end())
         else:
-            self._end()
+            lost = reply if isinstance(reply, Done) and reply.lost_runs else None
+            self.way.release(lost, self._end)
 
     def _end(self) -> None:
         if self.free.done():
@@ -190,6 +221,7 @@ class SharedMemory(LinkMemory):
         carriers: The connections on which requests name memory.
         ask: Sends a request on `control`.
         views: Whether the peer lets us map its own memory.
+        only: See `LinkMemory`.
     """
 
     transport = "shm"
@@ -202,17 +234,21 @@ class SharedMemory(LinkMemory):
         carriers: Sequence[FrameConnection],
         ask: Ask,
         views: bool,
+        only: bool = False,
     ) -> None:
-        super().__init__(loop, regions)
+        super().__init__(loop, regions, only)
         self._control = control
         self._ask = ask
         self.views = views
         self._arena: MappedArena | None = None
         self._known: set[int] = set()
+        self._sent: set[int] = set()  # the peer may have them, whether it has said so or not
         self._sharing = asyncio.Semaphore(SHARES_UNDER_WAY_MAX)
-        self._left = len(carriers)  # whose end by the peer is yet to come
+        # One that is lost already has carried no request.
+        left = [connection for connection in carriers if not connection.closed]
+        self._left = len(left)  # whose end by the peer is yet to come
         self._watched: set[socket.socket] = set()
-        for connection in carriers:
+        for connection in left:
             connection.on_detached = self._watch
 
     def knows(self, region: Region) -> bool:
@@ -227,6 +263,8 @@ class SharedMemory(LinkMemory):
                 "memory that was registered cannot be handed to another process: allocate it"
             )
         async with self._sharing:
+            if self._control.closed:  # while it waited
+                raise TransportError(f"{self._control.stream.peer}: the connection is closed")
             self._control.stream.send_descriptor(region.fd)
             # Written in the same turn, so that the descriptor goes with this frame.
             message = Share(
@@ -234,12 +272,14 @@ class SharedMemory(LinkMemory):
                 size_bytes=region.size_bytes,
                 inode=os.fstat(region.fd).st_ino,
             )
+            self._sent.add(region.number)
             await self._ask(FrameType.SHARE, message)
         self._known.add(region.number)
 
     async def remove(self, region: Region) -> None:
-        if region.number in self._known:
-            self._known.discard(region.number)
+        self._known.discard(region.number)
+        if region.number in self._sent:
+            self._sent.discard(region.number)
             await self._ask(FrameType.UNSHARE, Unshare(number=region.number))
 
     async def map(self, namespace: bytes) -> memoryview:
@@ -264,8 +304,11 @@ class SharedMemory(LinkMemory):
 
     def close(self) -> None:
         self._known.clear()
+        self._sent.clear()
         if self._arena is not None:
             self._arena.close()  # when the last view of it is gone
+        if not self._left and not self.settled.done():
+            self.settled.set_result(None)
 
     def give_up(self) -> None:
         for watched in list(self._watched):
@@ -323,8 +366,7 @@ class RdmaMemory(LinkMemory):
         end: RdmaEnd,
         only: bool,
     ) -> None:
-        super().__init__(loop, regions)
-        self.only = only
+        super().__init__(loop, regions, only)
         self._node = node
         self._end = end
 
@@ -346,10 +388,35 @@ class RdmaMemory(LinkMemory):
     async def remove(self, region: Region) -> None:
         """Nothing: the memory is taken back from all peers together, by its owner."""
 
+    def release(self, lost: Done | None, then: Callable[[], None]) -> None:
+        """What was lost may be on its way yet, by the queue pairs that the peer has given up: our
+        ends of these must not take it any more."""
+        if lost is None:
+            then()
+        else:
+            # Not in the middle of what the connection has to tell of this request.
+            self.loop.call_soon(self._give_up_queues, lost.lost_rails, then)
+
     def close(self) -> None:
-        self._end.close()  # when it returns, no device touches memory for this peer
-        if not self.settled.done():
+        self._end.close()
+        # No device touches memory for this peer now, if all queue pairs could be destroyed.
+        if not self._end.stuck and not self.settled.done():
             self.settled.set_result(None)
 
+    def _give_up_queues(self, places: Sequence[int], then: Callable[[], None]) -> None:
+        for queue in list(self._end.queues):
+            if queue.place in places:
+                self._end.fail(queue, TransportError(f"rdma {queue.name}: given up by the peer"))
+        if self._end.stuck:
+            self.settled.add_done_callback(lambda _: then())
+        else:
+            then()
 
-__all__ = ["Ask", "LinkMemory", "NamedMemory", "RdmaMemory", "SharedMemory", "place_bytes_of"]
+
+__all__ = [
+    "Ask",
+    "LinkMemory",
+    "NamedMemory",
+    "RdmaMemory",
+    "SharedMemory",
+]

@@ -1,11 +1,12 @@
 """Memory of the caller that peers may reach by themselves: regions, by address.
 
 A region is handed over, or registered, once; requests then name places in it. What lies in no
-region travels through a socket.
+region travels through a socket, if it may.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 from bisect import bisect_right
@@ -80,11 +81,27 @@ class Region:
         )
 
     def give_back(self) -> None:
-        """No peer reaches it any more: what the client has allocated goes back."""
-        registrations = list(self.registrations.values())
-        self.registrations.clear()
-        for registration in registrations:
-            registration.close()
+        """No peer reaches it any more: what the client has allocated goes back. As `withdraw`,
+        and then `unmap`."""
+        try:
+            self.withdraw()
+        finally:
+            self.unmap()
+
+    def withdraw(self) -> None:
+        """Take it from all devices; on the loop's thread.
+
+        Raises:
+            VerbsError: One of them does not let go; it was taken from all others.
+        """
+        with contextlib.ExitStack() as ending:
+            while self.registrations:
+                _, registration = self.registrations.popitem()
+                ending.callback(registration.close)
+
+    def unmap(self) -> None:
+        """Give back what the client has allocated: a third of a second for 1 GiB, on any thread,
+        if no slice of it is left."""
         self.view = memoryview(b"")
         shared, self._shared = self._shared, None  # or we would keep what its last slice frees
         if shared is not None and self._owned:
@@ -164,16 +181,18 @@ class Regions:
 
     def locate(self, view: memoryview) -> tuple[Region, int] | None:
         """The region of a contiguous view, and where in it; None if it is in none."""
-        starts, regions = self._table
-        if not starts:
-            return None
         address = address_of(view)
+        region = self.at(address, len(view))
+        return None if region is None else (region, address - region.address)
+
+    def at(self, address: int, size_bytes: int) -> Region | None:
+        """The region that bytes at an address lie in; None if they lie in none."""
+        starts, regions = self._table
         at = bisect_right(starts, address) - 1
         if at < 0:
             return None
         region = regions[at]
-        offset = address - region.address
-        return (region, offset) if offset + len(view) <= region.size_bytes else None
+        return region if address + size_bytes <= region.address + region.size_bytes else None
 
     def _check_room(self) -> None:
         if len(self) >= REGIONS_SHARED_MAX:

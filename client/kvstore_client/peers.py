@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import LimitExceeded, RefusedError, TransportError
 from kvstore_client.jobs import FetchJob
-from kvstore_client.link import LinkSetup, PeerLink
+from kvstore_client.link import PeerLink
 from kvstore_client.namespaces import Namespace
+from kvstore_client.opening import LinkSetup
 from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.peer import PeerPath
 from kvstore_client.selector import PathMeter

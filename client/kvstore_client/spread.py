@@ -29,8 +29,8 @@ from typing import Protocol
 from kvstore.messages import FetchOutcome
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import KEY_METADATA_BYTES, PeerLink
-from kvstore_client.linkmemory import place_bytes_of
 from kvstore_client.paths.base import FetchPath, Shipment
+from kvstore_client.places import place_bytes_of
 from kvstore_client.selector import PathMeter
 
 logger = logging.getLogger(__name__)

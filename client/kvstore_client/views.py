@@ -94,12 +94,17 @@ class _Lease:
     """One lease at one peer, renewed by a timer."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, link: PeerLink, number: int, lease_ms: int
+        self,
+        loop: asyncio.AbstractEventLoop,
+        link: PeerLink,
+        memory: SharedMemory,
+        number: int,
+        lease_ms: int,
     ) -> None:
         self.held = True
         self._loop = loop
         self._link = link
-        self._memory = link.memory  # of the session that the lease belongs to
+        self._memory = memory  # of the session that the lease belongs to
         self._number = number
         self._lease_ms = lease_ms
         self._timer = self._wait()
@@ -185,7 +190,7 @@ async def view_at(
     assert isinstance(reply, ViewReply)
     views.verify_us += reply.verify_us
     if reply.lease:
-        views._leases.append(_Lease(loop, link, reply.lease, reply.lease_ms))
+        views._leases.append(_Lease(loop, link, memory, reply.lease, reply.lease_ms))
     block_bytes = namespace.geometry.block_bytes
     offsets = struct.unpack(f"<{len(indices)}Q", reply.offsets)
     for position, index in enumerate(indices):

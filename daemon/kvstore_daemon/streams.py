@@ -173,6 +173,7 @@ class ArenaFetch(FetchStream):
         buffers: list[memoryview] = []
         begun: list[int] = []
         checksums: list[bytes] = []
+        places: list[int] = []
         length = miss_count = 0
         while not self.finished and length < bytes_max and len(buffers) < self._buffers_max:
             group, index = self._group, self._left[self._position]
@@ -196,6 +197,7 @@ class ArenaFetch(FetchStream):
             take = min(left, room)
             begin = store.allocator.starts[slot] * PAGE_BYTES + start + self._offset
             buffers.append(store.arena[begin : begin + take])
+            places.append(begin)
             store.pin(slot)
             slots.append(slot)
             length += take
@@ -215,6 +217,7 @@ class ArenaFetch(FetchStream):
             b"".join(checksums),
             partial(store.unpin, slots),
             self._take_failed(),
+            places if self.locate else (),
         )
 
     def _news(self) -> Chunk | None:

@@ -125,6 +125,10 @@ class ClientProtocol(FrameProtocol):
         hello: First words; its version window is ours.
         on_welcome: Called with the WELCOME when the server has accepted us.
         on_goaway: Called when the server takes no new requests.
+
+    Attributes:
+        on_news_missing: Called with the id of a fetch whose DONE is here before news by RDMA are
+            that it does not call lost. They lie in our device, or never come.
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class ClientProtocol(FrameProtocol):
         self.welcome: Welcome | None = None
         self._on_welcome = on_welcome
         self._on_goaway = on_goaway
+        self.on_news_missing: Callable[[int], None] = _nobody_asks
         self._calls: dict[int, _Call] = {}
         self._puts: deque[tuple[int, PutTransfer]] = deque()
         # Runs by RDMA: those that have come and nobody waits for yet, and who waits for which.
@@ -212,6 +217,11 @@ class ClientProtocol(FrameProtocol):
         call = self._calls.get(request_id)
         if call is not None:
             self._take_news(request_id, call)
+
+    def news_missing(self, request_id: int) -> bool:
+        """Whether a fetch has its DONE and waits for news by RDMA."""
+        call = self._calls.get(request_id)
+        return call is not None and call.done is not None
 
     def abandon(self, request_id: int) -> None:
         """Give up the memory of a fetch or a put at once; its DONE may still come.
@@ -404,6 +414,8 @@ class ClientProtocol(FrameProtocol):
             if call.news:
                 call.done = message
                 self._take_news(header.request_id, call)
+                if self.news_missing(header.request_id):
+                    self.on_news_missing(header.request_id)
             else:
                 self._end_fetch(header.request_id, call, transfer, message)
         elif isinstance(message, PutDone) and isinstance(transfer, PutTransfer):
@@ -424,6 +436,10 @@ class ClientProtocol(FrameProtocol):
             call.on_reply(message)
         else:
             raise RemoteProtocolError(f"{header.type.name} does not answer this request")
+
+
+def _nobody_asks(request_id: int) -> None:
+    pass
 
 
 def _take_placed(header: Header, data: Data, transfer: FetchTransfer) -> None:

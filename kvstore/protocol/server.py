@@ -57,15 +57,17 @@ FILL_BYTES = 2 * PAYLOAD_BYTES_MAX
 # Fetches and puts under way on one connection; an engine batches, it does not flood.
 REQUESTS_PER_CONNECTION_MAX = 256
 # Metadata of the fetches and puts under way on one connection, which stays for as long as
-# they do. As much as a client of ours may have: 128 FETCHes of 4,096 keys of 32 bytes are
-# 17 MiB, 16 PUTs 16 MiB. A key takes two to three times its length here.
+# they do. As much as a client of ours needs: 128 FETCHes of 4,096 keys of 32 bytes are 17 MiB,
+# 16 PUTs 16 MiB; where they name memory, 20 of them with the most places that fit into a frame.
+# A key takes two to three times its length here, and its place in the asker's memory its own.
 HELD_METADATA_BYTES_MAX = 20 * 1024 * 1024
 # Until a peer has said who it is: room for a token, capabilities and names as long as may be.
 HELLO_BYTES_MAX = 16 * 1024
 # Chunks and ends of fetches in one `fill`, then other connections have their turn: at most a
 # few ms, while 32 chunks of 64 blocks are far more than a socket takes.
 STEPS_PER_FILL_MAX = 32
-# Bytes that are copied into and out of askers' memory in one `fill`: about 0.5 ms.
+# Bytes that are copied into and out of askers' memory, or verified for views, in one `fill`:
+# about 0.5 ms. The last block, or chunk of small ones, may go beyond.
 PLACED_BYTES_PER_FILL_MAX = 4 * 1024 * 1024
 # Puts that are given room in one go. Each may have 4,096 keys to look at, about 2 ms.
 PUTS_PER_TURN_MAX = 4

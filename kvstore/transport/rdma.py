@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable
 from functools import partial
 
 from kvstore.errors import Busy, LimitExceeded, TransportError, TransportTimeout
@@ -42,7 +43,8 @@ from kvstore.transport.rdma_queue import (
     SENDS_MAX,
     RdmaQueue,
 )
-from kvstore.transport.rdma_rails import choose_rails
+from kvstore.transport.rdma_rails import AbsentRail, choose_rails, place_rails
+from kvstore.transport.rdma_reach import UNREACHED_S, Unreached
 from kvstore.transport.shm import address_of
 from kvstore.transport.verbs import (
     MemoryRegion,
@@ -57,11 +59,13 @@ from kvstore.transport.verbs import (
 
 _log = logging.getLogger(__name__)
 
-# Completions taken in one go, and how often in one turn of the loop: a few ms at most.
-_POLL_COUNT = 256
-_POLLS_PER_TURN = 4
+# Completions taken in one turn of the loop. One tells of 4 MiB at most, written or read, which
+# whoever hears of it verifies there and then: 128 MiB take about 4 ms.
+_POLL_COUNT = 32
 # The watch looks so many times while a queue pair may stall.
 _LOOKS_PER_STALL = 4
+# Who connects for longer has waited for the address of a peer, in the kernel.
+_CONNECT_SLOW_S = 0.1
 # READs that a queue pair of ours serves or asks for at once; devices have 16 and more.
 _READS_MAX = 16
 
@@ -76,11 +80,11 @@ class _OpenRail:
         fd: What the loop watches; -1 if it does not.
     """
 
-    def __init__(self, rail: Rail) -> None:
+    def __init__(self, rail: Rail, broken: str = "") -> None:
         self.rail = rail
         self.queues: dict[int, RdmaQueue] = {}
         self.reserved = 0
-        self.broken = ""
+        self.broken = broken
         self.fd = -1
 
     def reason(self) -> str:
@@ -94,11 +98,11 @@ class RdmaNode:
     Args:
         loop: Everything happens on it.
         options: Checked here.
-        local_address: See `choose_rails`.
+        local_address: See `place_rails`.
 
     Attributes:
         loop, options: As given.
-        left_out: Why rails could not be opened.
+        left_out: Why rails could not be opened; they keep their places.
 
     Raises:
         ConfigError: An option cannot be.
@@ -117,15 +121,22 @@ class RdmaNode:
         self.closed = False
         self.left_out: list[VerbsError] = []
         self._memory = Registrations()
+        self._unreached = Unreached()
+        self._polling = False
+        # Queue pairs that stood still when the watch looked last.
+        self._suspects: set[RdmaQueue] = set()
         self._ends: dict[RdmaEnd, None] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._rails: list[_OpenRail] = []
-        for setup in choose_rails(verbs.devices(), self.options, local_address):
+        for place, setup in enumerate(place_rails(verbs.devices(), self.options, local_address)):
             try:
+                if isinstance(setup, NoDevice):
+                    raise setup
                 self._rails.append(_OpenRail(verbs.open(setup)))
             except VerbsError as error:
                 self.left_out.append(error)
-        if not self._rails:
+                self._rails.append(_OpenRail(AbsentRail(f"rail {place}", error), str(error)))
+        if len(self.left_out) == len(self._rails):
             kinds = {type(error) for error in self.left_out}
             kind = kinds.pop() if len(kinds) == 1 else NoDevice
             raise kind("; ".join(map(str, self.left_out)))
@@ -134,14 +145,15 @@ class RdmaNode:
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             for rail in self._rails:
-                rail.fd = rail.rail.fileno()
-                loop.add_reader(rail.fd, partial(self._readable, rail))
+                if not rail.broken:
+                    rail.fd = rail.rail.fileno()
+                    loop.add_reader(rail.fd, partial(self._readable, rail))
             undo.pop_all()
 
     @property
     def rail_names(self) -> list[str]:
-        """Names of all rails, in their order."""
-        return [rail.rail.name for rail in self._rails]
+        """Names of the rails that could be opened, in their order."""
+        return [one.rail.name for one in self._rails if not isinstance(one.rail, AbsentRail)]
 
     def failures(self) -> dict[str, str]:
         """Rails that are of no use now, and why."""
@@ -154,8 +166,9 @@ class RdmaNode:
     def register(
         self, view: memoryview, *, remote_write: bool = False, remote_read: bool = False
     ) -> Registration:
-        """Register memory on all rails. It is pinned, which takes milliseconds for 64 MiB that
-        was touched before.
+        """Register memory on all rails. It is pinned, which keeps the loop, and all threads of
+        Python, from everything else: about 0.1 s for a GiB that was touched before, on each rail,
+        and half a second more for one that was not. Do it when a process starts.
 
         Ownership: the view is held, and the memory stays in use, until `Registration.close`.
 
@@ -211,10 +224,13 @@ class RdmaNode:
         end = RdmaEnd(self, peer, active, len(self._rails), self._memory)
         self._ends[end] = None
         reasons = []
+        now = self.loop.time()
         try:
             for place, rail in enumerate(self._rails):
                 try:
                     reason = rail.reason()
+                    if not (active or reason) and self._unreached.lately(place, peer, now):
+                        reason = f"{rail.rail.name}: it did not reach {peer} lately"
                     if not reason:
                         self._add_queue(end, rail, place, setup)
                 except VerbsError as error:
@@ -226,6 +242,7 @@ class RdmaNode:
             raise
         if not end.queues:
             end.close()
+            self.take_in(peer)
             raise TransportError(f"rdma to {peer}: no rail works: {'; '.join(reasons)}")
         self._start_watch()
         return end
@@ -251,11 +268,44 @@ class RdmaNode:
     # --- what ends call ----------------------------------------------------------------------
 
     def connect(self, queue: RdmaQueue, peer: QueueAddress) -> None:
-        """Connect a queue pair; raises as `QueuePair.connect`."""
-        rail = self._rails[queue.place].rail
+        """Connect a queue pair; raises as `QueuePair.connect`.
+
+        The kernel waits a second for an address that nobody answers for, and holds Python's lock
+        meanwhile, so that no thread would help: such a one is not tried again soon.
+        """
+        place, began_at = queue.place, self.loop.time()
+        if self._unreached.lately(place, peer.gid, began_at):
+            raise VerbsError(
+                f"nobody has answered for {peer.gid} within the last {UNREACHED_S:g} s"
+            )
+        rail = self._rails[place].rail
         mtu_bytes = min(peer.mtu_bytes, self.options.mtu_bytes or peer.mtu_bytes)
         tuning = self.options.tuning(min(rail.reads_max, _READS_MAX))
-        queue.pair.connect(peer._replace(mtu_bytes=mtu_bytes), tuning)
+        try:
+            queue.pair.connect(peer._replace(mtu_bytes=mtu_bytes), tuning)
+        except VerbsError:
+            now = self.loop.time()
+            if now >= began_at + _CONNECT_SLOW_S:
+                self._unreached.note(place, peer.gid, now)
+            raise
+
+    def leave_out(self, peer: str, places: Iterable[int]) -> None:
+        """Make the next passive ends to a peer without these rails."""
+        for place in places:
+            self._unreached.note(place, peer, self.loop.time())
+
+    def take_in(self, peer: str) -> None:
+        """Make the next ends to a peer with all rails again."""
+        self._unreached.forget(peer)
+
+    def take_news(self, queue: RdmaQueue) -> None:
+        """Take what has completed on a rail, before a queue pair there is closed."""
+        rail = self._rails[queue.place]
+        # As many as there can be, or others on this rail would keep us here. Within a batch those
+        # of this queue pair that matter are behind us: what fails it comes last.
+        for _ in range(rail.rail.completions_max // _POLL_COUNT + 1):
+            if self._polling or not self._poll(rail):
+                return
 
     def drop(self, queue: RdmaQueue) -> None:
         """A queue pair is about to be closed: no completion of it is looked at any more."""
@@ -319,11 +369,9 @@ class RdmaNode:
                 raise
 
     def _readable(self, rail: _OpenRail) -> None:
-        """Take completions until there are none, or others have their turn."""
-        for _ in range(_POLLS_PER_TURN):
-            if not self._poll(rail):
-                return
-        self.loop.call_soon(self._readable, rail)
+        """Take completions; when there are more, others have their turn before."""
+        if self._poll(rail):
+            self.loop.call_soon(self._readable, rail)
 
     def _poll(self, rail: _OpenRail) -> bool:
         """Take completions; whether there may be more."""
@@ -336,6 +384,7 @@ class RdmaNode:
             return False
         queues = rail.queues
         ends: dict[RdmaEnd, None] = {}
+        self._polling = True
         for completion in batch:
             queue = queues.get(completion.queue)
             if queue is not None:
@@ -345,6 +394,7 @@ class RdmaNode:
                     end.on_completion(queue, completion)
                 except Exception as error:
                     self.report(end, error)
+        self._polling = False
         for end in ends:
             end.settle()
         return len(batch) == _POLL_COUNT
@@ -373,27 +423,25 @@ class RdmaNode:
         """Give up rails that have failed, and queue pairs on which nothing moves."""
         self._watch = None
         late = self.loop.time() - self.options.stall_s
+        before, self._suspects = self._suspects, set()
         for rail in self._rails:
             reason = rail.reason()
             if reason:
                 self._fail_all(rail, reason)
                 continue
             stalled = [queue for queue in rail.queues.values() if _stalled(queue, late)]
-            if stalled:
-                # Perhaps it was this loop that had no time for the completions.
-                while self._poll(rail):
-                    pass
+            self._suspects.update(stalled)
             for queue in stalled:
-                if not queue.closed and _stalled(queue, late):
-                    queue.end.fail(
-                        queue,
-                        TransportTimeout(
-                            f"rdma {queue.name}: nothing has completed for"
-                            f" {self.options.stall_s:g} s"
-                        ),
-                    )
+                if queue in before:
+                    text = f"nothing has completed for {self.options.stall_s:g} s"
+                    queue.end.fail(queue, TransportTimeout(f"rdma {queue.name}: {text}"))
+            if stalled:
+                # Perhaps it was this loop that had no time: it has until the next look.
+                self._readable(rail)
         if self._ends and not self.closed:
             self._start_watch()
+        else:
+            self._suspects.clear()
 
 
 def _reserve(active: bool) -> int:

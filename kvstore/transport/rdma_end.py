@@ -13,12 +13,17 @@ the peer is gone, or has given a queue pair up, comes by the control connection.
 
 Queue pair i of the one side talks to queue pair i of the other. One that has failed is closed,
 and what it carried is lost; the others go on. It does not come back: a new end has new ones.
+
+The passive side connects last. Where it can connect some of its queue pairs and not all, the
+other side does not know and would use them all: so that end is none, and the next one to this
+peer is made without those rails.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvstore.errors import LocalProtocolError, TransportError
@@ -36,6 +41,13 @@ if TYPE_CHECKING:
 
 _RUN_MAX = 0xFFFFFFFF
 _MTU_BYTES_MAX = 4096
+# Queue pairs that were not connected by then are not tried: an address that nobody answers for
+# takes a second of the loop, and the peer says how many there are.
+CONNECT_S = 1.5
+
+
+class RailsUnreached(TransportError):
+    """Some rails could not be connected, and others could: a new end is made of those."""
 
 
 class RdmaEnd:
@@ -47,6 +59,9 @@ class RdmaEnd:
         queues: Those that work.
         memory: All that is registered here.
         failed: Why nothing can be carried any more; None while something can.
+        left_out: Why rails that the peer has could not be connected.
+        stuck: Whether a queue pair could neither be flushed nor closed: even after `close` nobody
+            can say what its device does with the memory.
         on_run: Passive side: called with the number of each run that has come.
         on_failed: Called in a later turn of the loop with the error of each queue pair that
             fails, once for each.
@@ -66,6 +81,8 @@ class RdmaEnd:
         self.memory = memory
         self.failed: TransportError | None = None
         self.closed = False
+        self.stuck = False
+        self.left_out: list[str] = []
         self.on_run: Callable[[int], None] = _ignore_run
         self.on_failed: Callable[[Exception], None] = _ignore_error
         self._node = node
@@ -108,6 +125,7 @@ class RdmaEnd:
             VerbsClosed: It is closed.
             LocalProtocolError: It is connected.
             TransportError: None could be connected; says why. All are closed then.
+            RailsUnreached: Passive side: some could not, and so all are closed; see the module.
         """
         self._check()
         if self._connected:
@@ -115,6 +133,9 @@ class RdmaEnd:
         self._connected = True
         self._place_count = len(peer.rails)
         reasons: list[str] = []
+        unreached: dict[int, None] = {}
+        clock = self._node.loop.time
+        late = clock() + CONNECT_S
         for queue in list(self.queues):
             at = peer.rails[queue.place] if queue.place < len(peer.rails) else RailAddress()
             if not at.number:
@@ -123,15 +144,29 @@ class RdmaEnd:
                 continue
             queue.jobs_max = min(queue.jobs_max, peer.receives)
             try:
+                if clock() >= late:
+                    raise VerbsError(f"the others have taken {CONNECT_S:g} s")
                 self._node.connect(
                     queue, QueueAddress(at.number, at.psn, at.gid, at.lid, at.mtu_bytes)
                 )
             except VerbsError as error:
                 self._drop(queue)
-                reasons.append(str(error))
+                self.left_out.append(f"{queue.name}: {error}")
+                unreached[queue.place] = None
+        reasons += self.left_out
         if not self.queues:
+            self._node.take_in(self.peer)
             self.failed = TransportError(
                 f"rdma to {self.peer}: no rail could be connected: {'; '.join(reasons)}"
+            )
+            raise self.failed
+        if unreached and not self.active:
+            self._node.leave_out(self.peer, unreached)
+            for queue in self.queues:
+                self._drop(queue)
+            self.failed = RailsUnreached(
+                f"rdma to {self.peer}: a rail could not be connected, and is left out from now on:"
+                f" {'; '.join(self.left_out)}"
             )
             raise self.failed
 
@@ -251,10 +286,8 @@ class RdmaEnd:
         calls: list[Callable[[], None]] = []
         if self._waiting and self.roomy() is not None:
             waiting, self._waiting = self._waiting, {}
-            for payload in waiting:
-                calls.append(payload.resume)
-                moved.pop(payload, None)
-        calls += [payload.on_ready for payload in moved if payload.idle]
+            calls += [payload.resume for payload in waiting]
+        calls += [partial(_tell_idle, payload) for payload in moved]
         for call in calls:
             try:
                 call()
@@ -262,9 +295,15 @@ class RdmaEnd:
                 self._node.report(self, error)
 
     def fail(self, queue: RdmaQueue, error: TransportError) -> None:
-        """Give a queue pair up. What it carried is lost, and its memory is released."""
-        if queue.closed:
+        """Give a queue pair up. What it carried is lost, and its memory is released. Of what has
+        come on the passive side the news are taken before: the peer counts it as moved."""
+        if queue.ending:
             return
+        if not self.active:
+            queue.stop()
+            self._node.take_news(queue)
+            if queue.closed:  # by who took them
+                return
         jobs = self._drop(queue)
         loop = self._node.loop
         told = dict.fromkeys(job.owner for job in jobs)
@@ -291,7 +330,9 @@ class RdmaEnd:
     def _drop(self, queue: RdmaQueue) -> list[Job]:
         self.queues = [one for one in self.queues if one is not queue]
         self._node.drop(queue)
-        return queue.close()
+        jobs = queue.close()
+        self.stuck = self.stuck or queue.stuck
+        return jobs
 
     def _tell_failed(self, error: Exception) -> None:
         if not self.closed:
@@ -314,6 +355,11 @@ def _tell(payload: Payload) -> None:
     payload.on_ready()
 
 
+def _tell_idle(payload: Payload) -> None:
+    if payload.idle:
+        payload.on_ready()
+
+
 def _ignore_run(run: int) -> None:
     pass
 
@@ -322,4 +368,4 @@ def _ignore_error(error: Exception) -> None:
     pass
 
 
-__all__ = ["RdmaEnd"]
+__all__ = ["RailsUnreached", "RdmaEnd"]

@@ -7,7 +7,9 @@
           ──WRITE WITH IMMEDIATE (run)──▶  the last of a chunk: news that overtakes no byte
     connection ──DATA (run, checksums)──▶  before or after it: the asker waits for both
 
-The asker verifies what has come. A run that will never come is named by DONE.
+The asker verifies what has come. A run that will never come is named by DONE, and so is the rail
+that it was lost on: packets of it may be in the network yet, and the asker gives its own end of
+that rail up before it touches the memory again.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ class RdmaSink(FetchSink, Payload):
         self._remote = RemoteMemory(end, memory_map)
         self._under_way = 0
         self._lost_runs: list[int] = []
+        self._lost_rails: set[int] = set()
 
     @property
     def accepts(self) -> bool:
@@ -81,7 +84,11 @@ class RdmaSink(FetchSink, Payload):
     def amend(self, done: Done) -> Done:
         if not self._lost_runs:
             return done
-        return msgspec.structs.replace(done, lost_runs=(*done.lost_runs, *self._lost_runs))
+        return msgspec.structs.replace(
+            done,
+            lost_runs=(*done.lost_runs, *self._lost_runs),
+            lost_rails=tuple(sorted(self._lost_rails)),
+        )
 
     # --- what its end calls ------------------------------------------------------------------
 
@@ -92,6 +99,8 @@ class RdmaSink(FetchSink, Payload):
     def lost(self, job: Job) -> None:
         self._under_way -= 1
         self._lost_runs.append(job.key)
+        if job.place >= 0:
+            self._lost_rails.add(job.place)
         job.release()
 
     def resume(self) -> None:

@@ -7,6 +7,7 @@ which it serves. Memory is registered with each node that is to reach it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import msgspec
 
@@ -74,16 +75,13 @@ class RdmaNodes:
             self._nodes[key] = node
         return node
 
-    def all(self) -> list[RdmaNode]:
-        """Those that were made."""
-        return list(self._nodes.values())
-
     def close(self) -> None:
         """Close all of them. Harmless when called again."""
         nodes = list(self._nodes.values())
         self._nodes.clear()
-        for node in nodes:
-            node.close()
+        with contextlib.ExitStack() as ending:  # all of them, even if one fails
+            for node in nodes:
+                ending.callback(node.close)
 
 
 __all__ = ["RdmaNodes", "endpoint_options"]

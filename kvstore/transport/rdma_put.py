@@ -79,7 +79,8 @@ class RdmaPuller(PutPuller, Payload):
             self.on_pulled(job.key)
 
     def lost(self, job: Job) -> None:
-        self._under_way -= 1
+        if not job.kept:  # or its block would be another's
+            self._under_way -= 1
 
     def resume(self) -> None:
         end = self._end

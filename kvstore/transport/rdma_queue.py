@@ -67,7 +67,8 @@ def status_words(status: int) -> str:
 class Payload(abc.ABC):
     """Who has work on queue pairs: a fetch, or a put.
 
-    It is called back by its end only, and never from within its own calls of `add`.
+    It is called back by its end only. Within its own calls of `add` that is `lost` at most, where
+    the queue pair fails there; the other calls come in a later turn of the loop then.
     """
 
     failure: Exception | None
@@ -84,7 +85,7 @@ class Payload(abc.ABC):
 
     @abc.abstractmethod
     def lost(self, job: Job) -> None:
-        """A job is not, and nothing touches its memory any more."""
+        """A job is not, and nothing touches its memory any more, unless it is `kept`."""
 
     @abc.abstractmethod
     def resume(self) -> None:
@@ -98,11 +99,14 @@ class Job:
         key: The owner's number for it.
         length: Bytes.
         reads: How many of the requests are READs.
+        kept: Whether its local memory is to be used never again, for nobody can say whether the
+            device is done with it.
         release: Called when nothing uses the local memory any more.
         last_id: Of the last request.
+        place: Of the rail that it was given to; -1 before.
     """
 
-    __slots__ = ("key", "last_id", "length", "owner", "reads", "release")
+    __slots__ = ("kept", "key", "last_id", "length", "owner", "place", "reads", "release")
 
     def __init__(
         self, owner: Payload, key: int, length: int, reads: int, release: Callable[[], None]
@@ -113,6 +117,8 @@ class Job:
         self.reads = reads
         self.release = release
         self.last_id = -1
+        self.place = -1
+        self.kept = False
 
 
 class RdmaQueue:
@@ -125,6 +131,8 @@ class RdmaQueue:
 
     Attributes:
         end: Whose it is.
+        ending: Whether it is given up: nothing new is posted.
+        stuck: It could neither be flushed nor closed: nobody can say what its device still does.
         name: Rail and peer, for people.
         bytes_out, reads_out: Of all jobs that were added and are not done.
         progress_at: When something completed last, or there was nothing outstanding.
@@ -134,8 +142,8 @@ class RdmaQueue:
 
     __slots__ = (
         "_clock", "_jobs", "_posted", "_retired", "_used", "_waiting", "bytes_out", "closed",
-        "end", "jobs_max", "name", "next_id", "pair", "pieces_max", "place", "progress_at",
-        "reads_max", "reads_out", "sends_max", "work_bytes_max",
+        "end", "ending", "jobs_max", "name", "next_id", "pair", "pieces_max", "place",
+        "progress_at", "reads_max", "reads_out", "sends_max", "stuck", "work_bytes_max",
     )  # fmt: skip
 
     def __init__(
@@ -152,6 +160,8 @@ class RdmaQueue:
         self.place = place
         self.name = f"{rail.name} to {end.peer}"
         self.closed = False
+        self.ending = False
+        self.stuck = False
         self.sends_max = setup.sends_max
         self.pieces_max = setup.pieces_max
         self.work_bytes_max = min(rail.message_bytes_max, WORK_BYTES_MAX)
@@ -196,6 +206,7 @@ class RdmaQueue:
         count = len(works)
         self.next_id += count
         job.last_id = self.next_id - 1
+        job.place = self.place
         self._jobs.append(job)
         self.bytes_out += job.length
         self.reads_out += job.reads
@@ -236,29 +247,36 @@ class RdmaQueue:
         """
         self.progress_at = self._clock()
         self._used += 1
-        if self._used >= RECEIVES_BATCH:
+        if self._used >= RECEIVES_BATCH and not self.ending:
             used, self._used = self._used, 0
             self.pair.post_receives(used)
 
+    def stop(self) -> bool:
+        """Take nothing of the peer any more; what has come is there to be polled. Whether it could
+        be done: it cannot with a device that was removed, and before it is connected."""
+        self.ending = True
+        try:
+            self.pair.flush()
+        except VerbsError:
+            return False
+        return True
+
     def close(self) -> list[Job]:
-        """Flush and close: when it returns, nothing is touched any more; the lost jobs."""
+        """Flush and close: when it returns, nothing is touched any more, unless it is `stuck`; the
+        lost jobs."""
         self.closed = True
         self._waiting.clear()
         jobs, self._jobs = list(self._jobs), deque()
         self.bytes_out = self.reads_out = 0
-        flushed = True
-        try:
-            self.pair.flush()
-        except VerbsError:
-            flushed = False  # of a device that was removed, or not connected yet
+        flushed = self.stop()
         try:
             self.pair.close()
         except TransportError as error:
             _log.error("rdma %s: closing the queue pair: %s", self.name, error)
-            if not flushed:
-                # Nobody can say what the device still does: the memory is used never again.
-                for job in jobs:
-                    job.release = _never
+            self.stuck = not flushed
+        if self.stuck:
+            for job in jobs:
+                job.kept, job.release = True, _never
         return jobs
 
     def _post_waiting(self) -> None:

@@ -37,6 +37,7 @@ _MADV_POPULATE_WRITE = 23
 _POPULATE_SLICE_BYTES = 64 * 1024 * 1024
 
 _BYTE = np.dtype(np.uint8)
+_byte_of = ctypes.c_char.from_buffer
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -47,6 +48,10 @@ def address_of(view: memoryview) -> int:
     Raises:
         LocalProtocolError: The view has gaps.
     """
+    try:
+        return ctypes.addressof(_byte_of(view))
+    except (TypeError, ValueError):
+        pass  # not to be written, which costs ten times as much; or empty, or with gaps
     try:
         return int(np.frombuffer(view, _BYTE).__array_interface__["data"][0])
     except (BufferError, ValueError) as error:

@@ -376,7 +376,6 @@ async def test_nothing_is_forgotten_when_others_have_their_turn(
     fake: FakeVerbs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rdma, "_POLL_COUNT", 2)
-    monkeypatch.setattr(rdma, "_POLLS_PER_TURN", 1)
     async with session(fake, options=ONE_RAIL) as made:
         fetch = Fetch(Request(made), 100)
         fake.hold()

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from kvstore.errors import TransportError
 from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore.protocol.copying import CopyPuller
+from kvstore.transport.shm import SharedMapping
 from kvstore_client import AsyncClient, Namespace, Region
 from tests.support.cluster import (
     BLOCK_BYTES,
@@ -70,6 +72,9 @@ def nothing_stays_mapped() -> Iterator[None]:
 def mapped() -> list[str]:
     """Memory of clients that is mapped here, by a client or a daemon."""
     gc.collect()  # handles and their jobs know each other
+    for thread in threading.enumerate():
+        if thread.name == "unmap":
+            thread.join()
     return mappings("self", NAME)
 
 
@@ -280,6 +285,31 @@ async def test_killed_client_leaves_nothing_behind(
         node.gate.open()
         await store_blocks(client, namespace, chain(3, start=50))
         assert (await fetch_blocks(client, namespace, chain(3, start=50))).ok
+
+
+@pytest.mark.asyncio
+async def test_the_daemon_serves_others_while_it_unmaps_a_region(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    real = SharedMapping.close
+
+    def close(region: SharedMapping) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        real(region)
+
+    async with node_and_client(tmp_path) as (_, client, namespace):
+        region, other = await client.allocate(SIZE), await client.allocate(SIZE)
+        monkeypatch.setattr(SharedMapping, "close", close)
+        try:
+            freeing = asyncio.ensure_future(client.free(region))
+            await until(begun.is_set, "it is being unmapped")
+            assert (await client.fetch(namespace, KEYS, other.view)).ok
+            assert not freeing.done(), "told before it is true"
+        finally:
+            go_on.set()
+        await freeing
 
 
 @pytest.mark.slow

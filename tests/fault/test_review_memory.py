@@ -221,6 +221,7 @@ async def test_rail_that_only_the_client_could_not_connect_carries_nothing(
 
     monkeypatch.setattr(RdmaNode, "connect", connect)
     async with served((BLOCK,)) as (node, client, namespace):
+        await until(lambda: link_of(client).up, "a session without it")
         assert len(passive_end(client).queues) == 1
         monkeypatch.setattr(RdmaNode, "connect", real)
         node.gate.chunk_bytes = BLOCK
@@ -277,8 +278,7 @@ async def test_client_is_closed_though_memory_cannot_be_taken_from_a_device(
     async with served((BLOCK,)) as (_, client, _):
         region = await client.allocate(4096)
         await client.allocate(4096)
-        (node,) = client.cluster._agreement._nodes.all()
-        registration = region.registrations[node]
+        ((node, registration),) = region.registrations.items()
         (taken, _) = registration._regions
         assert taken is not None
 

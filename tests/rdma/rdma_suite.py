@@ -9,9 +9,11 @@ import pytest
 
 from kvstore.errors import LimitExceeded, LocalProtocolError, TransportError, TransportTimeout
 from kvstore.memorymessages import RailAddress, Rails
-from kvstore.transport.rdma import RdmaOptions
-from kvstore.transport.rdma_queue import FLIGHT_BYTES_MAX, RECEIVES_MAX, SENDS_MAX
-from kvstore.transport.verbs import Verbs, VerbsClosed, VerbsError
+from kvstore.transport.rdma import RdmaNode, RdmaOptions
+from kvstore.transport.rdma_end import CONNECT_S, RailsUnreached
+from kvstore.transport.rdma_queue import FLIGHT_BYTES_MAX, RECEIVES_MAX, SENDS_MAX, RdmaQueue
+from kvstore.transport.rdma_reach import UNREACHED_S
+from kvstore.transport.verbs import QueueAddress, QueueTuning, Verbs, VerbsClosed, VerbsError
 from tests.support.loops import ManualLoop, turns
 from tests.support.rdmaends import QUICK, Fetch, Pull, Request, Session, session
 
@@ -214,6 +216,18 @@ class RdmaTests:
             pull.ask(3)
             assert pull.puller.idle
 
+    @pytest.mark.asyncio
+    async def test_stopped_put_that_waits_for_room_is_told_that_it_is_idle(
+        self, verbs: Verbs
+    ) -> None:
+        async with session(verbs) as made:
+            pull = Pull(Request(made, layer_bytes=(4 * KIB,), key_count=200))
+            pull.ask(*range(200))
+            pull.puller.stop()
+            assert not pull.puller.idle
+            await made.watch.until(lambda: pull.ready_count > 0, "the call")
+            assert pull.puller.idle
+
     # --- what fails ------------------------------------------------------------------------
 
     @pytest.mark.asyncio
@@ -312,6 +326,50 @@ class RdmaTests:
             assert sorted(fetch.released) == list(range(fetch.taken))
 
     @pytest.mark.asyncio
+    async def test_news_of_a_queue_pair_that_is_given_up_are_taken(self, verbs: Verbs) -> None:
+        loop = ManualLoop()  # nobody looks at what has come
+        async with session(verbs, client_loop=loop.as_loop) as made:
+            fetch = Fetch(Request(made), 1000)
+            await fetch.run()
+            assert made.runs == []
+            lost = made.passive.queues[-1]
+            made.passive.fail(lost, TransportError("the port is down"))
+            assert lost.closed
+            assert not made.passive.stuck
+            for queue in list(made.passive.queues):
+                made.passive.fail(queue, TransportError("the port is down"))
+            assert sorted(made.runs) == sorted(fetch.run_ids())
+
+    @pytest.mark.asyncio
+    async def test_queue_pair_that_can_neither_be_flushed_nor_closed_is_stuck(
+        self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse() -> None:
+            raise VerbsError("the system refuses it")
+
+        async with session(verbs) as made:
+            request = Request(made, layer_bytes=(256 * KIB,), key_count=4)
+            fetch = Fetch(request, 256 * KIB)
+            fetch.feed()
+            pull = Pull(request)
+            pull.ask(0)
+            queues = [*made.active.queues, *made.passive.queues]
+            with monkeypatch.context() as patch:
+                for queue in queues:
+                    patch.setattr(queue.pair, "flush", refuse)
+                    patch.setattr(queue.pair, "close", refuse)
+                made.active.close()
+                made.passive.close()
+            assert made.active.stuck
+            assert made.passive.stuck
+            # The memory is used never again.
+            assert fetch.released == []
+            assert not pull.puller.idle
+            assert pull.puller.failure is not None
+            for queue in queues:
+                queue.pair.close()
+
+    @pytest.mark.asyncio
     async def test_memory_that_is_not_registered_is_a_mistake_of_ours(self, verbs: Verbs) -> None:
         async with session(verbs) as made:
             fetch, pull = Fetch(Request(made)), Pull(Request(made))
@@ -405,6 +463,111 @@ class RdmaTests:
                     active.addresses()
                 active.close()
                 passive.close()
+
+    @pytest.mark.asyncio
+    async def test_rail_that_the_passive_side_cannot_connect_is_left_out(
+        self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lost = {1}
+        real = RdmaNode.connect
+
+        def connect(self: RdmaNode, queue: RdmaQueue, peer: QueueAddress) -> None:
+            if queue.place in lost and not queue.end.active:
+                raise VerbsError("no route")
+            real(self, queue, peer)
+
+        monkeypatch.setattr(RdmaNode, "connect", connect)
+        async with session(verbs, connect=False) as made:
+            names = made.client.rail_names
+            if len(names) < 2:
+                pytest.skip("one device only")
+
+            def places(peer: str = "server") -> list[bool]:
+                end = made.client.end(peer, active=False)
+                rails = end.addresses().rails
+                end.close()
+                return [bool(rail.number) for rail in rails]
+
+            def connect_all() -> None:
+                active, passive = made.ends(connect=False)
+                active.connect(passive.addresses())
+                try:
+                    passive.connect(active.addresses())
+                finally:
+                    active.close()
+                    passive.close()
+
+            with pytest.raises(RailsUnreached, match=f"left out.*{names[1]}.*: no route"):
+                connect_all()
+            assert places() == [True, False]
+            assert places("another") == [True, True]
+            connect_all()
+            # When there is no other, all are tried again.
+            lost.add(0)
+            with pytest.raises(TransportError, match=r"no rail could be connected.*: no route"):
+                connect_all()
+            assert places() == [True, True]
+            for place in (0, 1):
+                made.client.leave_out("server", [place])
+            with pytest.raises(TransportError, match=r"lately.*lately"):
+                places()
+            assert places() == [True, True]
+
+    @pytest.mark.asyncio
+    async def test_address_that_nobody_answers_for_is_not_tried_again_soon(
+        self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop = ManualLoop()
+        async with session(verbs, server_loop=loop.as_loop, connect=False) as made:
+            tried: list[int] = []
+
+            def attempt(wait_s: float) -> str:
+                active, passive = made.ends(connect=False)
+
+                def wait(peer: QueueAddress, tuning: QueueTuning) -> None:
+                    tried.append(peer.number)
+                    loop.advance(wait_s)
+                    raise VerbsError("timed out")
+
+                with monkeypatch.context() as patch:
+                    for queue in active.queues:
+                        patch.setattr(queue.pair, "connect", wait)
+                    with pytest.raises(TransportError, match="no rail could be connected") as told:
+                        active.connect(passive.addresses())
+                active.close()
+                passive.close()
+                return str(told.value)
+
+            count = len(made.server.rail_names)
+            assert "timed out" in attempt(wait_s=0.0)
+            assert len(tried) == count
+            text = attempt(wait_s=CONNECT_S)  # one of them, and then there is no time
+            assert len(tried) == count + 1
+            assert ("the others have taken" in text) is (count > 1)
+            assert "nobody has answered for" in attempt(wait_s=0.0)
+            assert len(tried) == 2 * count
+            loop.advance(UNREACHED_S)
+            attempt(wait_s=0.0)
+            assert len(tried) == 3 * count
+
+    @pytest.mark.asyncio
+    async def test_named_device_that_is_not_there_keeps_its_place(
+        self, verbs: Verbs, seed: int
+    ) -> None:
+        names = [device.name for device in verbs.devices()]
+        options = msgspec.structs.replace(QUICK, devices=("nope", names[0]))
+        async with session(verbs, options=options) as made:
+            assert made.server.rail_names == [f"{names[0]}:1"]
+            assert "'nope'" in str(made.server.left_out)
+            assert "'nope'" in str(made.server.failures())
+            assert [bool(rail.number) for rail in made.active.addresses().rails] == [False, True]
+            assert made.pool_memory.rkeys[0] == 0
+            request = Request(made)
+            request.fill(made.arena, seed)
+            fetch = Fetch(request)
+            await fetch.run()
+            await fetch.arrived()
+            assert made.pool.view == request.expected_pool(bytes(len(made.pool.view)))
 
     @pytest.mark.asyncio
     async def test_region_needs_a_key_for_each_rail(self, verbs: Verbs) -> None:

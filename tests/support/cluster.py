@@ -311,6 +311,19 @@ def room(count: int, size: int = BLOCK_BYTES) -> list[bytearray]:
     return [bytearray(size) for _ in range(count)]
 
 
+@asynccontextmanager
+async def lent(
+    client: AsyncClient, count: int, size: int
+) -> AsyncIterator[Sequence[bytearray | memoryview]]:
+    """Memory for blocks, which peers reach where nothing else is to be used."""
+    if client.cluster._agreement.wanted != "shm":
+        yield room(count, size)
+        return
+    region = await client.allocate(count * size)
+    yield [region.view[at * size : (at + 1) * size] for at in range(count)]
+    await client.free(region)
+
+
 def check_hits(
     result: FetchResult, keys: Sequence[bytes], into: Sequence[bytearray | memoryview]
 ) -> None:
@@ -324,9 +337,13 @@ async def store_blocks(
     client: AsyncClient, namespace: Namespace, keys: Sequence[bytes], **options: Any
 ) -> None:
     """Put the blocks that belong to keys; all must be stored."""
-    handle = client.put(namespace, keys, contents(keys, namespace.geometry.block_bytes), **options)
-    result = await handle
-    await handle.quiesced()
+    size = namespace.geometry.block_bytes
+    async with lent(client, len(keys), size) as blocks:
+        for block, filled in zip(blocks, contents(keys, size), strict=True):
+            block[:] = filled
+        handle = client.put(namespace, keys, blocks, **options)
+        result = await handle
+        await handle.quiesced()
     assert result.outcomes == [PutOutcome.STORED] * len(keys), (result.outcomes, result.errors)
 
 
@@ -334,9 +351,9 @@ async def fetch_blocks(
     client: AsyncClient, namespace: Namespace, keys: Sequence[bytes], **options: Any
 ) -> FetchResult:
     """Fetch into fresh memory, wait until it is ours again, check every hit."""
-    into = room(len(keys), namespace.geometry.block_bytes)
-    handle = client.fetch(namespace, keys, into, **options)
-    result = await handle
-    await handle.quiesced()
-    check_hits(result, keys, into)
+    async with lent(client, len(keys), namespace.geometry.block_bytes) as into:
+        handle = client.fetch(namespace, keys, into, **options)
+        result = await handle
+        await handle.quiesced()
+        check_hits(result, keys, into)
     return result

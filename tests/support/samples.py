@@ -239,7 +239,7 @@ FROM_SERVER: dict[FrameType, msgspec.Struct] = {
     FrameType.MAP: Mapped(size_bytes=1 << 40),
     FrameType.RAILS: Rails(rails=(RailAddress(), RailAddress(number=1, lid=9)), receives=128),
     FrameType.VIEW: ViewReply(
-        done=Done(outcomes=b"\0\1\2", lost_runs=(1, 2)),
+        done=Done(outcomes=b"\0\1\2", lost_runs=(1, 2), lost_rails=(1,)),
         offsets=bytes(24),
         lease=1 << 61,
         lease_ms=500,

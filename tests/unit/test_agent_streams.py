@@ -433,6 +433,30 @@ async def test_a_slow_reader_slows_storage_down(monkeypatch: pytest.MonkeyPatch)
     bench.check_idle()
 
 
+async def test_what_is_looked_at_where_it_lies_is_kept_and_leaves_the_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = terms.SOURCES[FetchSource.RELAY]
+    small = source._replace(window_bytes=4 * 4096, run_bytes=2 * 4096)
+    monkeypatch.setitem(terms.SOURCES, FetchSource.RELAY, small)
+    bench = FillBench(blocks=64)
+    reader = bench.fetch(*range(12))
+    reader.stream.locate = True
+    for number in range(6):
+        assert len(bench.jobs) > number, "it waits for what is not given back"
+        bench.jobs[number].deliver()
+        bench.jobs[number].end()
+        reader.take()
+        assert len(bench.jobs) <= number + 3, "no more is under way than the window has"
+        await asyncio.sleep(0)
+    pinned = {chunk.piece + at for chunk in reader.chunks for at in range(len(chunk.buffers))}
+    assert pinned == set(range(12))
+    assert reader.stream.finished
+    assert sum(bench.hold(number).pins for number in range(12)) == 12
+    assert reader.end() == [bench.expected(number) for number in range(12)]
+    bench.check_idle()
+
+
 async def test_failures_make_room_in_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
     source = terms.SOURCES[FetchSource.RELAY]
     small = source._replace(window_bytes=2 * 4096, run_bytes=4096)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -23,6 +24,10 @@ HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
 LAYERS = (40, 24, 100)
 BLOCK = sum(LAYERS)
 KEYS = [key(number) for number in range(6)]
+
+
+def _told(index: int, number: int) -> None:
+    """Nobody asks."""
 
 
 @pytest.fixture
@@ -200,6 +205,33 @@ def test_chunk_is_released_also_when_it_cannot_be_copied(store: Store) -> None:
     with pytest.raises(IndexError):
         call.sink.take(short)
     assert released == [True]
+
+
+def test_reader_touches_no_memory_for_news_of_what_was_verified(store: Store) -> None:
+    store.fill(*KEYS)
+    call = Fetching(store, PieceMap(store.geometry, 6, 0, 3, 1), KEYS)
+    call.run()
+    outcomes = bytes(call.reader.outcomes)
+    nowhere: list[BlockMemory] = []
+    call.reader = FetchTransfer(NAMESPACE, KEYS, call.pieces, nowhere, _told, _told)
+    call.read()
+    assert bytes(call.reader.outcomes) == outcomes == bytes(6)
+
+
+def test_groups_of_layers_take_no_more_memory_than_one(store: Store) -> None:
+    keys = [key(number) for number in range(1000)]
+    memory = [memoryview(bytearray(BLOCK))] * len(keys)
+    held_bytes = []
+    for group in (0, 1):
+        pieces = PieceMap(Geometry((1,) * BLOCK), len(keys), 0, BLOCK, group)
+        tracemalloc.start()
+        try:
+            sink = CopySink(NAMESPACE, keys, pieces, memory)
+            held_bytes.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+        sink.close()
+    assert held_bytes[1] < held_bytes[0] + len(keys)
 
 
 def test_closed_sink_tells_nothing(store: Store) -> None:

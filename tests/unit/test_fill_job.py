@@ -70,7 +70,7 @@ class Bed:
         for group, (first, last, start, size) in enumerate(pieces.group_ranges):
             number = group * pieces.key_count + index
             end = min(size, GEOMETRY.offsets[until] - start)
-            at = transfer._filled[number]
+            at = max(0, transfer._filled[index] - start + pieces.group_ranges[0][2])
             if at >= end:
                 continue
             sums = b""

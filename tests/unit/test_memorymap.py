@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import struct
-from itertools import pairwise
+import tracemalloc
 
 import pytest
 from hypothesis import given, strategies as st
 
 from kvstore.errors import LimitExceeded
 from kvstore.layout import Geometry, PieceMap
-from kvstore.memorymap import PLACE_BYTES, MemoryMap, describe
-from kvstore.memorymessages import REGIONS_PER_REQUEST_MAX, Memory, MemoryRegion
-from kvstore.transfer import BlockMemory
+from kvstore.memorymap import PLACE_BYTES, MemoryMap
+from kvstore.memorymessages import Memory, MemoryRegion
 
 GEOMETRY = Geometry((40, 24, 100))
 BLOCK = 164
@@ -32,7 +31,7 @@ def memory(
 
 def test_place_is_twelve_bytes_region_first() -> None:
     told = Memory(regions=regions(1000, 1000), places=bytes([1, 0, 0, 0, 7, 1] + [0] * 6))
-    assert MemoryMap(told, GEOMETRY, 1, 0, 3).places == [(1, 263)]
+    assert MemoryMap(told, GEOMETRY, 1, 0, 3).place(0) == (1, 263)
     assert PLACE_BYTES == 12
 
 
@@ -44,7 +43,7 @@ def test_places_must_be_as_many_as_the_blocks(count: int, cut: int) -> None:
 
 def test_layers_have_a_place_each_of_those_that_are_asked_for() -> None:
     told = memory([(0, 0)] * 4, 1000, layered=True)
-    assert len(MemoryMap(told, GEOMETRY, 2, 1, 3).places) == 4
+    assert MemoryMap(told, GEOMETRY, 2, 1, 3).place(3) == (0, 0)
     with pytest.raises(LimitExceeded, match="48 bytes of places for 2 blocks of 3 places"):
         MemoryMap(told, GEOMETRY, 2, 0, 3)
 
@@ -65,7 +64,7 @@ def test_layers_have_a_place_each_of_those_that_are_asked_for() -> None:
 def test_what_lies_outside_of_its_region_is_refused(place: tuple[int, int], fits: bool) -> None:
     told = memory([(0, 0), place], 2 * BLOCK, BLOCK)
     if fits:
-        assert MemoryMap(told, GEOMETRY, 2, 0, 3).places[1] == place
+        assert MemoryMap(told, GEOMETRY, 2, 0, 3).place(1) == place
     else:
         with pytest.raises(LimitExceeded, match="place 1: 164 bytes at"):
             MemoryMap(told, GEOMETRY, 2, 0, 3)
@@ -85,20 +84,45 @@ def test_a_request_of_a_layer_range_needs_room_for_that_only() -> None:
 
 
 def test_blocks_are_cut_where_they_lie() -> None:
-    def cut(number: int, offset: int, size: int) -> memoryview:
-        return memoryview(bytes([number, offset, size]))
+    zero, one = (memoryview(bytes(number + at for at in range(200))) for number in (0, 50))
+    whole = MemoryMap(memory([(1, 3), (0, 9)], 200, 200), GEOMETRY, 2, 0, 3).blocks([zero, one])
+    assert list(whole) == [one[3 : 3 + BLOCK], zero[9 : 9 + BLOCK]]
+    told = memory([(0, 1), (1, 2), (1, 3), (0, 4)], 200, 200, layered=True)
+    layered = MemoryMap(told, GEOMETRY, 2, 1, 3).blocks([zero, one])
+    assert list(map(list, layered)) == [[zero[1:25], one[2:102]], [one[3:27], zero[4:104]]]
 
-    whole = MemoryMap(memory([(1, 3), (0, 9)], 999, 999), GEOMETRY, 2, 0, 3).blocks(cut)
-    assert [bytes(block) for block in whole if isinstance(block, memoryview)] == [
-        bytes([1, 3, BLOCK]),
-        bytes([0, 9, BLOCK]),
-    ]
-    told = memory([(0, 1), (1, 2), (1, 3), (0, 4)], 999, 999, layered=True)
-    layered = MemoryMap(told, GEOMETRY, 2, 1, 3).blocks(cut)
-    assert [[bytes(view) for view in block] for block in layered] == [
-        [bytes([0, 1, 24]), bytes([1, 2, 100])],
-        [bytes([1, 3, 24]), bytes([0, 4, 100])],
-    ]
+
+def test_layers_of_a_block_are_those_of_a_list() -> None:
+    region = memoryview(bytes(range(200)))
+    told = memory([(0, 20), (0, 7), (0, 90), (0, 1), (0, 2), (0, 3)], 200, layered=True)
+    for number, block in enumerate(MemoryMap(told, GEOMETRY, 2, 0, 3).blocks([region])):
+        assert not isinstance(block, memoryview)
+        starts = [20, 7, 90] if not number else [1, 2, 3]
+        whole = [
+            region[at : at + size] for at, size in zip(starts, GEOMETRY.layer_bytes, strict=True)
+        ]
+        assert len(block) == 3
+        for cut in (slice(None), slice(1, 3), slice(0, 1), slice(2, 2), slice(-2, None)):
+            assert block[cut] == whole[cut]
+        assert [block[at] for at in (0, 2, -1)] == [whole[at] for at in (0, 2, -1)]
+        for beyond in (3, -4):
+            with pytest.raises(IndexError):
+                block[beyond]
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_places_take_no_more_memory_than_they_came_with(layered: bool) -> None:
+    geometry, region = Geometry((16,) * 64), memoryview(bytearray(1024))
+    count = 500 if layered else 4000
+    told = memory([(0, 0)] * (count * (64 if layered else 1)), 1024, layered=layered)
+    tracemalloc.start()
+    try:
+        blocks = MemoryMap(told, geometry, count, 0, 64).blocks([region])
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(blocks) == count
+    assert held_bytes < len(told.places)
 
 
 # --- spans, against a model that goes byte by byte -----------------------------------------
@@ -129,9 +153,9 @@ def model(pieces: PieceMap, places: MemoryMap) -> list[tuple[int, int]]:
             for layer in range(first, last):
                 start, end = geometry.offsets[layer], geometry.offsets[layer + 1]
                 if places.layered:
-                    number, at = places.places[index * per_block + layer - pieces.layer_first]
+                    number, at = places.place(index * per_block + layer - pieces.layer_first)
                 else:
-                    number, at = places.places[index]
+                    number, at = places.place(index)
                     at += start - base
                 where += [(number, at + byte) for byte in range(end - start)]
     return where
@@ -165,7 +189,7 @@ def test_blocks_and_spans_agree(request: tuple[PieceMap, Memory]) -> None:
         told, pieces.geometry, pieces.key_count, pieces.layer_first, pieces.layer_last
     )
     backing = [memoryview(bytearray(4096)) for _ in range(3)]
-    blocks = places.blocks(lambda number, offset, size: backing[number][offset : offset + size])
+    blocks = places.blocks(backing)
     for index, block in enumerate(blocks):
         for view in [block] if isinstance(block, memoryview) else block:
             view[:] = bytes([index + 1]) * len(view)
@@ -174,85 +198,3 @@ def test_blocks_and_spans_agree(request: tuple[PieceMap, Memory]) -> None:
         for number, at, length in places.spans(pieces, piece, 0, size):
             own = bytes([piece % pieces.key_count + 1])
             assert bytes(backing[number][at : at + length]) == own * length
-
-
-# --- the asking side -----------------------------------------------------------------------
-
-
-class Book:
-    """Regions of an asker, by number, as `describe` asks for them."""
-
-    def __init__(self, *sizes: int) -> None:
-        self.views = [memoryview(bytearray(size)) for size in sizes]
-
-    def locate(self, view: memoryview) -> tuple[int, int] | None:
-        """By the buffer behind the view, and what was written there."""
-        for number, whole in enumerate(self.views):
-            if view.obj is whole.obj:
-                return number, whole.obj.index(bytes(view))  # type: ignore[attr-defined]
-        return None
-
-    def region(self, number: int) -> MemoryRegion:
-        """As its peer knows it."""
-        return MemoryRegion(keys=(100 + number,), size_bytes=len(self.views[number]))
-
-    def mark(self) -> None:
-        """Make each place findable."""
-        for whole in self.views:
-            whole[:] = bytes(n % 251 for n in range(len(whole)))
-
-
-def test_what_is_described_is_what_the_other_side_cuts() -> None:
-    book = Book(500, 300)
-    book.mark()
-    blocks: list[BlockMemory] = [book.views[1][50 : 50 + BLOCK], book.views[0][7 : 7 + BLOCK]]
-    told = describe(blocks, book.locate, book.region)
-    assert told is not None
-    assert [region.keys for region in told.regions] == [(101,), (100,)]
-    assert not told.layered
-    found = MemoryMap(told, GEOMETRY, 2, 0, 3)
-    assert found.places == [(0, 50), (1, 7)]
-
-
-def test_layers_are_described_one_by_one() -> None:
-    book = Book(1000)
-    book.mark()
-    views = [book.views[0][a : a + size] for a, size in ((0, 40), (50, 24), (80, 100))]
-    told = describe([views], book.locate, book.region)
-    assert told is not None
-    assert told.layered
-    assert MemoryMap(told, GEOMETRY, 1, 0, 3).places == [(0, 0), (0, 50), (0, 80)]
-
-
-def test_memory_that_is_in_no_region_is_not_described() -> None:
-    book = Book(500)
-    book.mark()
-    inside, outside = book.views[0][:BLOCK], memoryview(bytearray(BLOCK))
-    assert describe([inside, outside], book.locate, book.region) is None
-    assert describe([[inside], [outside]], book.locate, book.region) is None
-
-
-def test_blocks_of_both_forms_are_not_described() -> None:
-    book = Book(500)
-    book.mark()
-    view = book.views[0][:BLOCK]
-    assert describe([view, [view]], book.locate, book.region) is None
-    assert describe([[view], view], book.locate, book.region) is None
-
-
-@pytest.mark.parametrize("count", [REGIONS_PER_REQUEST_MAX, REGIONS_PER_REQUEST_MAX + 1])
-def test_a_request_names_no_more_regions_than_it_may(count: int) -> None:
-    book = Book(*[10] * count)
-    book.mark()
-    blocks: list[BlockMemory] = [whole[:4] for whole in book.views]
-    told = describe(blocks, book.locate, book.region)
-    assert (told is not None) == (count <= REGIONS_PER_REQUEST_MAX)
-
-
-def test_regions_are_named_once() -> None:
-    book = Book(600)
-    book.mark()
-    blocks: list[BlockMemory] = [book.views[0][a:b] for a, b in pairwise(range(0, 240, 40))]
-    told = describe(blocks, book.locate, book.region)
-    assert told is not None
-    assert len(told.regions) == 1

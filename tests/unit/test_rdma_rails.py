@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvstore.transport.rdma_options import RdmaOptions
-from kvstore.transport.rdma_rails import COMPLETIONS_MAX, choose_rails
-from kvstore.transport.verbs import DeviceInfo, Gid, NoDevice, PortInfo
+from kvstore.transport.rdma_rails import COMPLETIONS_MAX, choose_rails, place_rails
+from kvstore.transport.verbs import DeviceInfo, Gid, NoDevice, PortInfo, RailSetup
 
 LOCAL = Gid(0, "fe80::1", "RoCE v2")
 V1 = Gid(1, "::ffff:10.0.0.1", "RoCE v1")
@@ -75,11 +75,31 @@ def test_named_devices_come_in_their_order() -> None:
     )
     assert chosen(*devices, devices=("b", "a:2")) == [("b", 1, 3), ("a", 2, 3)]
     assert chosen(*devices, devices=("c", "a:2", "a")) == [("a", 2, 3), ("a", 1, 3)]
+    # It is as it was named, whichever of them the peer is reached by.
+    two = ("b", "a:2")
+    assert chosen(*devices, devices=two, local_address="10.0.0.1") == [("b", 1, 3), ("a", 2, 3)]
     for text in ("nope", "b:2"):
         with pytest.raises(NoDevice, match=f"no RDMA device or port '{text}'; there are: a:1"):
-            chosen(*devices, devices=("a", text))
+            chosen(*devices, devices=(text,))
     with pytest.raises(NoDevice, match=r"no RDMA port of c is up; there are: .*c:1 \(down"):
         chosen(*devices, devices=("c",))
+
+
+def test_named_devices_keep_their_places() -> None:
+    devices = (
+        DeviceInfo("a", (port(V2),)),
+        DeviceInfo("b", (port(V2, active=False),)),
+        DeviceInfo("c", (port(LOCAL._replace(address="::")),)),
+    )
+    options = RdmaOptions(devices=("b", "nope", "c", "a"))
+    *absent, last = place_rails(devices, options)
+    assert last == RailSetup("a", 1, 3, COMPLETIONS_MAX)
+    for error, text in zip(absent, ("b:1: the port is down", "'nope'", "c:1: no gid"), strict=True):
+        assert isinstance(error, NoDevice)
+        assert text in str(error)
+    with pytest.raises(NoDevice, match="no RDMA port of b, nope is up"):
+        place_rails(devices, RdmaOptions(devices=("b", "nope")))
+    assert place_rails(devices, RdmaOptions()) == [last]
 
 
 def test_given_gid_is_taken_where_it_is() -> None:

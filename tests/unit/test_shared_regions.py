@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kvstore.errors import LimitExceeded, LocalProtocolError, PermissionDenied, 
 from kvstore.layout import Geometry, PieceMap
 from kvstore.memorymessages import REGIONS_SHARED_MAX, Memory, MemoryRegion
 from kvstore.sharedregions import SharedRegions, host_bytes
+from kvstore.transport.shm import SharedMapping
 from tests.support.engine import key
 
 SIZE = 4 * PAGE_BYTES
@@ -28,8 +30,8 @@ def nothing_leaks() -> Iterator[None]:
     """Every descriptor is closed and every page unmapped at the end of a test."""
     before = os.listdir("/proc/self/fd")
     yield
-    assert os.listdir("/proc/self/fd") == before
     assert mapped() == 0
+    assert os.listdir("/proc/self/fd") == before
 
 
 @pytest.fixture
@@ -49,7 +51,10 @@ def shared(nothing_leaks: None) -> Iterator[SharedRegions]:
 
 
 def mapped() -> int:
-    """How often the memory is mapped in this process."""
+    """How often the memory is mapped in this process, when all is done that was begun."""
+    for thread in threading.enumerate():
+        if thread.name == "unmap":
+            thread.join()
     return Path("/proc/self/maps").read_text().count(NAME)
 
 
@@ -67,7 +72,7 @@ def test_a_region_is_mapped_until_it_is_taken_back(
     region.view[:4] = b"both"
     assert bytes(given_region.view[:4]) == b"both"
     assert (len(shared), shared.shared_bytes, mapped()) == (1, SIZE, 2)
-    shared.unshare(5)
+    shared.unshare(5).close()
     assert (len(shared), shared.shared_bytes, mapped()) == (0, 0, 1)
 
 
@@ -76,9 +81,9 @@ def test_numbers_are_used_once_at_a_time(shared: SharedRegions, given_region: Re
     with pytest.raises(LocalProtocolError, match="SHARE of region 5, which is shared already"):
         shared.share(5, SIZE, os.dup(given_region.fd))
     assert (len(shared), shared.shared_bytes, mapped()) == (1, SIZE, 2)
-    shared.unshare(5)
+    shared.unshare(5).close()
     with pytest.raises(LocalProtocolError, match="UNSHARE of region 5, which is not shared"):
-        shared.unshare(5)
+        shared.unshare(5).close()
     shared.share(5, SIZE, os.dup(given_region.fd))
 
 
@@ -100,10 +105,29 @@ def test_a_session_shares_no_more_than_it_may(given_region: Region) -> None:
         shared.share(number, SIZE, os.dup(given_region.fd))
     with pytest.raises(LimitExceeded, match=f"region 3 of 1 bytes beside {2 * SIZE}"):
         shared.share(3, 1, os.dup(given_region.fd))
-    shared.unshare(1)
+    shared.unshare(1).close()
     shared.share(3, 1, os.dup(given_region.fd))
     shared.close()
     assert (len(shared), shared.shared_bytes) == (0, 0)
+
+
+def test_regions_of_a_session_that_ends_are_unmapped_beside_the_loop(
+    shared: SharedRegions, given_region: Region, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by: list[threading.Thread] = []
+    real = SharedMapping.close
+
+    def close(region: SharedMapping) -> None:
+        by.append(threading.current_thread())
+        real(region)
+
+    monkeypatch.setattr(SharedMapping, "close", close)
+    for number in range(3):
+        shared.share(number, SIZE, os.dup(given_region.fd))
+    shared.close()
+    assert mapped() == 1
+    assert len(by) == 3
+    assert threading.current_thread() not in by
 
 
 def test_no_session_has_more_than_the_host(shared: SharedRegions) -> None:
@@ -179,7 +203,7 @@ def test_memory_in_use_stays_mapped_and_no_longer(
     shared.share(5, SIZE, os.dup(given_region.fd))
     puller = shared.puller(memory((0, 0)), GEOMETRY, 1)
     if way == "unshare":
-        shared.unshare(5)
+        shared.unshare(5).close()
     else:
         shared.close()
     assert mapped() == 2

@@ -9,12 +9,15 @@
 
 The window bounds what one fetch has taken up and its reader has not taken yet: a slow reader
 slows storage down and fills no memory. A block is pinned all that time.
+
+What is given out to be looked at where it lies (`locate`) stays pinned too, but is not under way:
+how much of that there may be is for whoever gives it out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvstore.blocksource import CHECKSUM_BYTES_PER_CHUNK_MAX, Chunk
@@ -218,7 +221,13 @@ class PoolFetch(BlockIntake):
         self._counters[self._source.counter] += length
         if not self._left_count:
             self._end()
-        release = partial(self._released, given, cost_bytes)
+        if self.locate:
+            # It is kept as long as its reader likes, who has a limit for that: not under way.
+            release: Callable[[], None] = partial(_unpin, self._pool, given)
+            if cost_bytes:
+                self._fills.call_soon(partial(self._passed, cost_bytes))
+        else:
+            release = partial(self._released, given, cost_bytes)
         return Chunk(
             piece, offset, buffers, length, b"".join(checksums), release, self._take_failed()
         )
@@ -232,12 +241,14 @@ class PoolFetch(BlockIntake):
 
     def _released(self, given: list[HeldBlock], cost_bytes: int) -> None:
         """The transport has let go of a chunk."""
-        unpin = self._pool.unpin
-        for block in given:
-            unpin(block)
+        _unpin(self._pool, given)
         if cost_bytes:
-            self._used_bytes -= cost_bytes
-            self._admit()
+            self._passed(cost_bytes)
+
+    def _passed(self, cost_bytes: int) -> None:
+        """So much is not under way any more: the window has room for others."""
+        self._used_bytes -= cost_bytes
+        self._admit()
 
     def _take_failed(self) -> tuple[int, ...]:
         if not self._failed:
@@ -245,3 +256,8 @@ class PoolFetch(BlockIntake):
         failed = tuple(self._failed)
         self._failed.clear()
         return failed
+
+
+def _unpin(pool: WatchedPool, given: Sequence[HeldBlock]) -> None:
+    for block in given:
+        pool.unpin(block)
