@@ -105,8 +105,12 @@ class SharedRegions:
         """Unmap all of them, in a thread, each when nothing uses it any more."""
         regions, self._regions = list(self._regions.values()), {}
         self.shared_bytes = 0
-        if regions:
+        if not regions:
+            return
+        try:
             threading.Thread(target=_unmap, args=(regions,), name="unmap").start()
+        except RuntimeError:  # the system has no thread left
+            _unmap(regions)
 
     def _blocks(self, memory: Memory, places: MemoryMap) -> Sequence[BlockMemory]:
         views: list[memoryview] = []

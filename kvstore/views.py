@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from kvstore.blocksource import Chunk
-from kvstore.buffers import Region
+from kvstore.buffers import PAGE_BYTES, Region
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
 from kvstore.errors import Busy
 from kvstore.layout import PieceMap
@@ -40,7 +40,6 @@ LEASE_FIRST = 1 << 61
 # What is verified in one go, unless it is one block: 30 us. Others have their turn after a few.
 VERIFIED_BYTES_MAX = 1024 * 1024
 
-
 #: How chunks are given back.
 Releases: TypeAlias = Sequence[Callable[[], None]]
 
@@ -51,7 +50,7 @@ class ViewMemory:
     Ownership: borrows `region`; owns a descriptor of it until `close`.
 
     Attributes:
-        viewed_bytes: What all views together keep.
+        viewed_bytes: What all views together keep, in whole pages.
 
     Raises:
         Unsupported: The system cannot protect it.
@@ -195,19 +194,23 @@ class ViewSink(FetchSink):
         if not chunk.length:
             chunk.release()
             return
-        memory = self._views.memory
-        if memory.viewed_bytes + chunk.length > memory.bytes_max:
+        memory, block_bytes = self._views.memory, self._pieces.span_bytes
+        # Of whole pages, and all of a block from its first byte on: others cannot have the rest.
+        begun_before = 1 if chunk.piece_offset else 0
+        begun_count = -(-(chunk.piece_offset + chunk.length) // block_bytes) - begun_before
+        kept_bytes = begun_count * (-(-block_bytes // PAGE_BYTES) * PAGE_BYTES)
+        if memory.viewed_bytes + kept_bytes > memory.bytes_max:
             chunk.release()
             self.failure = Busy(
-                f"views keep {memory.viewed_bytes} bytes, the limit is {memory.bytes_max}"
+                f"views keep {memory.viewed_bytes} bytes, {kept_bytes} more would be beyond the"
+                f" limit of {memory.bytes_max}"
             )
             return
-        memory.viewed_bytes += chunk.length
-        self._kept_bytes += chunk.length
+        memory.viewed_bytes += kept_bytes
+        self._kept_bytes += kept_bytes
         self._releases.append(chunk.release)
         index, at, known = chunk.piece, chunk.piece_offset, 0
         checksum_bytes = self._pieces.geometry.layer_count * CHECKSUM_BYTES
-        block_bytes = self._pieces.span_bytes
         places = chunk.places or [address_of(one) - memory.base for one in chunk.buffers]
         for buffer, offset in zip(chunk.buffers, places, strict=True):
             if not at:

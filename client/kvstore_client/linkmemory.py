@@ -273,7 +273,11 @@ class SharedMemory(LinkMemory):
                 inode=os.fstat(region.fd).st_ino,
             )
             self._sent.add(region.number)
-            await self._ask(FrameType.SHARE, message)
+            try:
+                await self._ask(FrameType.SHARE, message)
+            except RefusedError:
+                self._sent.discard(region.number)
+                raise
         self._known.add(region.number)
 
     async def remove(self, region: Region) -> None:

@@ -210,7 +210,9 @@ async def test_in_a_turn_each_byte_leaves_storage_once_and_crosses_where_it_must
             name: {what: size / BLOCK_BYTES for what, size in counters.items() if "bytes" in what}
             for name, counters in counted.items()
         }
-        assert blocks["storage"] == {"fetch_bytes": HITS, "put_bytes": new}
+        moved = {"fetch_bytes": HITS, "put_bytes": new}
+        by_tcp = {f"{what}_by_tcp": count for what, count in moved.items()}
+        assert blocks["storage"] == {**moved, **by_tcp}
         p, d = blocks["P"], blocks["D"]
         # Storage to P, storage to D to P, P to D.
         assert p["storage_fetch_bytes_direct"] + d["storage_fetch_bytes_direct"] == HITS

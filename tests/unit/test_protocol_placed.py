@@ -402,16 +402,42 @@ def test_runs_that_overtake_each_other_count_in_order(rails: PlacedPair, store: 
 
 def test_last_word_may_overtake_the_runs(rails: PlacedPair, store: Store) -> None:
     call = FetchCall(store.geometry, KEYS[:3])
-    rails.begin_fetch(call)
+    missing: list[int] = []
+    rails.client.on_news_missing = missing.append
+    request = rails.begin_fetch(call)
     rails.pump()
     numbers = [run.land() for run in list(the_sink(rails).runs)]
+    assert not missing
     rails.pump()  # DONE is here
     assert rails.server.request_count == 0
     for number in numbers:
         assert not call.replies
+        assert missing == [request]  # told once
+        assert rails.client.news_missing(request)
         rails.client.run_arrived(number)
     assert call.check() == [HIT] * 3
     assert len(call.replies) == 1
+    assert not rails.client.news_missing(request)
+    check_idle(rails)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_nothing_is_missing_that_has_come_or_was_lost(
+    rails: PlacedPair, store: Store, lost: int
+) -> None:
+    call = FetchCall(store.geometry, KEYS[:3])
+    missing: list[int] = []
+    rails.client.on_news_missing = missing.append
+    rails.begin_fetch(call)
+    rails.pump()
+    for index, run in enumerate(list(the_sink(rails).runs)):
+        if index == lost:
+            run.fail()
+        else:
+            rails.client.run_arrived(run.land())
+    rails.pump()
+    assert len(call.replies) == 1
+    assert not missing
     check_idle(rails)
 
 
