@@ -10,6 +10,7 @@ import msgspec
 from kvstore.endpoint import Endpoint
 from kvstore.errors import ConfigError
 from kvstore.loadreport import NODES_MAX
+from kvstore.memorymessages import SHM
 from kvstore.messages import DEADLINE_MS_MAX
 from kvstore.service.options import (
     DRAIN_S,
@@ -237,6 +238,12 @@ class _Check:
             check_pool_name(options.pool, name("pool"), options.pool)
         if options.transport not in TRANSPORTS:
             raise self.error("transport", f"must be one of {', '.join(TRANSPORTS)}")
+        if options.pool and options.transport == SHM:
+            raise self.error(
+                "transport",
+                f"cannot be together with {name('pool')}: memory that engines map is sealed, and no"
+                " daemon can write into it; auto takes a socket or RDMA",
+            )
         self.interface()
         self.readers()
         if not 0 < options.deadline_s <= DEADLINE_MS_MAX / 1e3:
