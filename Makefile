@@ -78,7 +78,7 @@ test: install ## Run all tests
 test-rdma: install ## Run the tests of RDMA on real verbs
 	@pyverbs=$$(tests/rdma/prepare $(RUN))
 	PYTHONPATH=$$pyverbs tests/rdma/run-in-vm -t 2400 -- \
-	  $(RUN) -m pytest -p no:cacheprovider tests/rdma $(ARGS)
+	  $(RUN) -m pytest -p no:cacheprovider -o faulthandler_timeout=600 tests/rdma $(ARGS)
 
 check: install ## Check formatting, lint and types
 	$(RUN) -m ruff format --check .

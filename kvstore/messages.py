@@ -328,7 +328,7 @@ class Done(Message, frozen=True, kw_only=True):
         tuple[Annotated[int, Meta(ge=1, le=0xFFFFFFFF)], ...], Meta(max_length=ARRAY_ITEMS_MAX)
     ] = ()
     lost_rails: Annotated[
-        tuple[Annotated[int, Meta(ge=0, lt=RAILS_MAX)], ...], Meta(max_length=RAILS_MAX)
+        tuple[Annotated[int, Meta(ge=0, le=RAILS_MAX - 1)], ...], Meta(max_length=RAILS_MAX)
     ] = ()
     report: LoadReport | None = None
 

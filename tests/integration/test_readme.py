@@ -47,9 +47,9 @@ def test_memory_of_the_client_is_written_by_the_daemon(
 ) -> None:
     layout = Layout(model_id="m", dtype="bfloat16", block_tokens=16, layer_bytes=(4096,))
     keys = [hashlib.sha256(b"block %d" % number).digest() for number in range(8)]
-    listen = f"--listen=unix://{tmp_path}/kv.sock"
+    listen = ("--listen", f"unix://{tmp_path}/kv.sock")
     with (
-        daemon(listen, "--memory", "16MiB") as running,
+        daemon(*listen, "--memory", "16MiB") as running,
         Client(running.uri) as client,
     ):
         namespace = client.open_namespace("pool", layout)
