@@ -9,6 +9,7 @@ import pytest
 
 from kvstore.errors import LimitExceeded, LocalProtocolError, TransportError, TransportTimeout
 from kvstore.memorymessages import RailAddress, Rails
+from kvstore.transport import rdma_queue
 from kvstore.transport.rdma import RdmaNode, RdmaOptions
 from kvstore.transport.rdma_end import CONNECT_S, RailsUnreached
 from kvstore.transport.rdma_queue import FLIGHT_BYTES_MAX, RECEIVES_MAX, SENDS_MAX, RdmaQueue
@@ -157,13 +158,17 @@ class RdmaTests:
 
     @pytest.mark.asyncio
     @pytest.mark.slow
-    async def test_what_is_under_way_is_bounded(self, verbs: Verbs) -> None:
+    async def test_what_is_under_way_is_bounded(
+        self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flight_bytes = FLIGHT_BYTES_MAX // 4
+        monkeypatch.setattr(rdma_queue, "FLIGHT_BYTES_MAX", flight_bytes)
         options = msgspec.structs.replace(QUICK, rails_max=1)
-        async with session(verbs, memory_bytes=3 * FLIGHT_BYTES_MAX, options=options) as made:
+        async with session(verbs, memory_bytes=3 * flight_bytes, options=options) as made:
             request = Request(made, layer_bytes=(4096 * KIB,), key_count=10)
             fetch = Fetch(request, bytes_max=4096 * KIB)
             fetch.feed()
-            assert fetch.taken == FLIGHT_BYTES_MAX // (4096 * KIB)
+            assert fetch.taken == flight_bytes // (4096 * KIB)
             assert not fetch.sink.accepts
             await fetch.run()
             assert fetch.taken == 10
