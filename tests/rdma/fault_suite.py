@@ -32,13 +32,13 @@ from tests.support.processes import Daemon
 from tests.support.rdmaprocesses import doomed, rdma_daemon
 from tests.support.rdmaserved import (
     active_end,
+    at_work,
     fetch_into,
     link_of,
     passive_end,
     port_down,
     put_blocks,
     queue_pair_count,
-    reconnected,
     removed,
     served,
     slow_down,
@@ -285,7 +285,7 @@ class ClientFaultTests:
                 await put_blocks(other, theirs, KEYS)
             assert (await fetch_into(other, theirs, KEYS, good)).ok
             assert other.cluster.counters["reconnects"] == 0
-            await reconnected(client)
+            await at_work(client)
             await up_again(client, namespace)
             mine = await client.allocate(SIZE)
             assert (await fetch_into(client, namespace, KEYS, mine)).ok
@@ -306,7 +306,7 @@ class ClientFaultTests:
             assert UNAVAILABLE in result.outcomes
             assert "may not be reached" in str(result.errors), result.errors
             assert bytes(region.view) == before
-            await reconnected(client)
+            await at_work(client)
             await up_again(client, namespace)
             mine = await client.allocate(SIZE)
             assert (await fetch_into(client, namespace, KEYS, mine)).ok

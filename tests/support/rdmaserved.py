@@ -140,6 +140,13 @@ async def reconnected(client: AsyncClient, count: int = 1) -> None:
     await until(lambda: client.cluster.counters["reconnects"] >= count, "a new session")
 
 
+async def at_work(client: AsyncClient) -> None:
+    """Return when a queue pair works after some have failed: of two rails the one on which
+    nothing was under way goes on, and without any the session is a new one."""
+    if not (link_of(client).memory and passive_end(client).queues):
+        await reconnected(client)
+
+
 async def up_again(client: AsyncClient, namespace: Namespace) -> None:
     """Return when requests can be sent again."""
     link = link_of(client)
