@@ -162,7 +162,14 @@ class MemoryRequests:
         views, session = self._session_views(), self._connection.session
         assert session is not None
         pieces = PieceMap(Geometry(source.layer_bytes(fetch.namespace)), len(fetch.keys))
-        sink = views.sink(fetch.namespace, fetch.keys, pieces, message.lease_ms, message.verify)
+        sink = views.sink(
+            fetch.namespace,
+            fetch.keys,
+            pieces,
+            message.lease_ms,
+            message.verify,
+            self._connection.strands,
+        )
         stream = source.fetch(fetch.namespace, fetch.keys, pieces, session, fetch)
         stream.locate = True
         self._connection.begin(request_id, fetch.deadline_ms)

@@ -22,6 +22,7 @@ import msgspec
 
 from kvstore.blocksource import BlockSource
 from kvstore.buffers import Region
+from kvstore.copier import Copier
 from kvstore.endpoint import Endpoint
 from kvstore.errors import ConfigError, TransportError
 from kvstore.loadreport import LoadReport, NodeState
@@ -135,6 +136,7 @@ class Server:
         self.endpoints: list[Endpoint] = list(endpoints)
         self.loop: asyncio.AbstractEventLoop
         self.reporter: LoadReporter
+        self.copier: Copier  # starts no thread before it is asked for something
         self._marking = marking
         self._listeners: list[Listener] = []
         self._started_at = 0.0
@@ -149,6 +151,7 @@ class Server:
         """
         self.loop = asyncio.get_running_loop()
         self._started_at = time.monotonic()
+        self.copier = Copier(self.loop)
         self.reporter = LoadReporter(self)
         self._nodes = RdmaNodes(self.loop)
         try:
@@ -187,6 +190,7 @@ class Server:
                 ending.callback(self.views.close)
             ending.callback(self._nodes.close)
             ending.callback(self.rdma.clear)
+            ending.callback(self.copier.close)
             ending.callback(self._close_connections)
             ending.callback(self.reporter.close)
             for listener in self._listeners:

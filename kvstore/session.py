@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstore.blocksource import Answer, Asker, FetchStream, PutStream, lookup_reply
@@ -64,6 +66,7 @@ from kvstore.messages import (
     reasons,
 )
 from kvstore.protocol import ServerHooks, ServerProtocol
+from kvstore.protocol.strands import Strands
 from kvstore.sessionmemory import SessionMemory
 from kvstore.transport import Stream
 from kvstore.transport.connection import FrameConnection
@@ -144,6 +147,8 @@ class ServerConnection(ServerHooks):
             stream.accept_descriptors()
         self.memory_requests = MemoryRequests(self, trusted)
         self._share_handled = False
+        self.strands = Strands(server.copier)
+        self.strands.on_ready = self.protocol.on_output
         self.connection = FrameConnection(server.loop, stream, self.protocol, self._closed)
 
     @property
@@ -307,7 +312,10 @@ class ServerConnection(ServerHooks):
         assert session is not None
         sink = None
         if message.memory is not None:
-            sink = session.memory.sink(message.memory, message.namespace, message.keys, pieces)
+            self._hold_end(session)
+            sink = session.memory.sink(
+                message.memory, message.namespace, message.keys, pieces, self.strands
+            )
         stream = source.fetch(message.namespace, message.keys, pieces, session, message)
         self.begin(request_id, message.deadline_ms)
         self.protocol.add_fetch(request_id, stream, message.priority, sink)
@@ -328,7 +336,10 @@ class ServerConnection(ServerHooks):
         puller = None
         if message.memory is not None:
             geometry = Geometry(layer_bytes)
-            puller = session.memory.puller(message.memory, geometry, len(message.keys))
+            self._hold_end(session)
+            puller = session.memory.puller(
+                message.memory, geometry, len(message.keys), self.strands
+            )
         stream = source.put(
             message.namespace, message.keys, message.checksums, message.ack, session, message
         )
@@ -495,6 +506,15 @@ class ServerConnection(ServerHooks):
     def peer_name(self) -> str:
         node = self.session.node_id if self.session else "?"
         return f"{node} ({self.connection.stream.peer})"
+
+    def _hold_end(self, session: Session) -> None:
+        """The end of the socket will tell the peer that nobody touches its memory any more."""
+        if session.memory.end is None:  # with RDMA it has queue pairs to end
+            self.connection.on_detached = self._end_when_idle
+
+    def _end_when_idle(self, fd: int) -> None:
+        if fd >= 0:
+            self.strands.when_idle(partial(os.close, fd))
 
     def _closed(self, reason: Exception) -> None:
         server = self.server

@@ -10,6 +10,7 @@ from kvstore.layout import Geometry, PieceMap
 from kvstore.memorymap import MemoryMap
 from kvstore.memorymessages import Memory
 from kvstore.protocol.placing import FetchSink, PutPuller
+from kvstore.protocol.strands import Strands
 from kvstore.sharedregions import SharedRegions
 from kvstore.transport.rdma_end import RdmaEnd
 
@@ -30,16 +31,24 @@ class SessionMemory:
         self.end: RdmaEnd | None = None
 
     def sink(
-        self, memory: Memory, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap
+        self,
+        memory: Memory,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        strands: Strands,
     ) -> FetchSink:
         """What brings a fetch into the memory that it names.
+
+        Args:
+            strands: Of the connection of the request.
 
         Raises:
             LimitExceeded, LocalProtocolError: What it names cannot be; see `SharedRegions.sink`.
             Busy: No queue pair is left.
         """
         if self.end is None:
-            return self.shared.sink(memory, namespace, keys, pieces)
+            return self.shared.sink(memory, namespace, keys, pieces, strands)
         places = MemoryMap(
             memory, pieces.geometry, len(keys), pieces.layer_first, pieces.layer_last
         )
@@ -48,10 +57,12 @@ class SessionMemory:
         except TransportError as error:
             raise Busy(str(error)) from error
 
-    def puller(self, memory: Memory, geometry: Geometry, key_count: int) -> PutPuller:
+    def puller(
+        self, memory: Memory, geometry: Geometry, key_count: int, strands: Strands
+    ) -> PutPuller:
         """What takes a put out of the memory that it names; raises as `sink`."""
         if self.end is None:
-            return self.shared.puller(memory, geometry, key_count)
+            return self.shared.puller(memory, geometry, key_count, strands)
         places = MemoryMap(memory, geometry, key_count, 0, geometry.layer_count)
         try:
             return self.end.put_puller(places, PieceMap(geometry, key_count))

@@ -11,6 +11,7 @@ from kvstore.layout import Geometry, PieceMap
 from kvstore.memorymap import MemoryMap
 from kvstore.memorymessages import REGIONS_SHARED_MAX, Memory
 from kvstore.protocol.copying import CopyPuller, CopySink
+from kvstore.protocol.strands import Strands
 from kvstore.transfer import BlockMemory
 from kvstore.transport.shm import SharedMapping
 
@@ -83,9 +84,17 @@ class SharedRegions:
         return region
 
     def sink(
-        self, memory: Memory, namespace: bytes, keys: Sequence[bytes], pieces: PieceMap
+        self,
+        memory: Memory,
+        namespace: bytes,
+        keys: Sequence[bytes],
+        pieces: PieceMap,
+        strands: Strands,
     ) -> CopySink:
         """What brings a fetch into the regions that it names.
+
+        Args:
+            strands: Of the connection of the request.
 
         Raises:
             LimitExceeded: Its places are wrong.
@@ -94,12 +103,14 @@ class SharedRegions:
         places = MemoryMap(
             memory, pieces.geometry, len(keys), pieces.layer_first, pieces.layer_last
         )
-        return CopySink(namespace, keys, pieces, self._blocks(memory, places))
+        return CopySink(namespace, keys, pieces, self._blocks(memory, places), strands)
 
-    def puller(self, memory: Memory, geometry: Geometry, key_count: int) -> CopyPuller:
+    def puller(
+        self, memory: Memory, geometry: Geometry, key_count: int, strands: Strands
+    ) -> CopyPuller:
         """What takes a put out of the regions that it names; raises as `sink`."""
         places = MemoryMap(memory, geometry, key_count, 0, geometry.layer_count)
-        return CopyPuller(self._blocks(memory, places))
+        return CopyPuller(self._blocks(memory, places), strands)
 
     def close(self) -> None:
         """Unmap all of them, in a thread, each when nothing uses it any more."""

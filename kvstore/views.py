@@ -21,6 +21,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from kvstore.blocksource import Chunk
@@ -30,6 +31,7 @@ from kvstore.errors import Busy
 from kvstore.layout import PieceMap
 from kvstore.messages import Done, FetchOutcome, ViewReply, reasons
 from kvstore.protocol.placing import FetchSink
+from kvstore.protocol.strands import Strand, Strands
 from kvstore.transport.shm import address_of, read_only_copy
 from kvstore.wire import PLACED_BYTES_MAX
 
@@ -37,7 +39,7 @@ from kvstore.wire import PLACED_BYTES_MAX
 VIEWED_SHARE_MAX = 0.5
 #: Numbers of leases of views; those of lookups are small.
 LEASE_FIRST = 1 << 61
-# What is verified in one go, unless it is one block: 30 us. Others have their turn after a few.
+# What is verified in one go, unless it is one block: 30 us.
 VERIFIED_BYTES_MAX = 1024 * 1024
 
 #: How chunks are given back.
@@ -102,9 +104,10 @@ class SessionViews:
         pieces: PieceMap,
         lease_ms: int,
         verify: bool,
+        strands: Strands,
     ) -> ViewSink:
         """What collects the blocks of one VIEW."""
-        return ViewSink(self, namespace, keys, pieces, lease_ms, verify)
+        return ViewSink(self, namespace, keys, pieces, lease_ms, verify, strands)
 
     def lease(self, releases: Releases, size_bytes: int, lease_ms: int) -> int:
         """Keep chunks for so long, of which nothing else is kept; the number of the lease."""
@@ -152,7 +155,6 @@ class ViewSink(FetchSink):
     """Collects the chunks of a fetch instead of moving them, and says where they lie."""
 
     transport = "views"
-    works = True
 
     def __init__(
         self,
@@ -162,8 +164,11 @@ class ViewSink(FetchSink):
         pieces: PieceMap,
         lease_ms: int,
         verify: bool,
+        strands: Strands,
     ) -> None:
         super().__init__()
+        self._strands = strands
+        self._strand = Strand(strands)
         self._views = views
         self._namespace = namespace
         self._keys = keys
@@ -184,11 +189,11 @@ class ViewSink(FetchSink):
 
     @property
     def accepts(self) -> bool:
-        return self.failure is None
+        return self.failure is None and (not self._verify or self._strands.accepts)
 
     @property
     def idle(self) -> bool:
-        return True
+        return not self._strand.count
 
     def take(self, chunk: Chunk) -> None:
         if not chunk.length:
@@ -211,6 +216,7 @@ class ViewSink(FetchSink):
         self._releases.append(chunk.release)
         index, at, known = chunk.piece, chunk.piece_offset, 0
         checksum_bytes = self._pieces.geometry.layer_count * CHECKSUM_BYTES
+        ended: list[int] = []
         places = chunk.places or [address_of(one) - memory.base for one in chunk.buffers]
         for buffer, offset in zip(chunk.buffers, places, strict=True):
             if not at:
@@ -222,9 +228,10 @@ class ViewSink(FetchSink):
             at += len(buffer)
             self._filled[index] = at
             if at == block_bytes:
-                if self._verify:
-                    self._check(index)
+                ended.append(index)
                 index, at = index + 1, 0
+        if self._verify and ended:
+            self._strand.add(partial(self._check, ended), self._checked)
 
     def amend(self, done: Done) -> Done | ViewReply:
         outcomes = bytearray(done.outcomes)
@@ -255,6 +262,7 @@ class ViewSink(FetchSink):
 
     def close(self) -> None:
         super().close()
+        self._strand.drop()
         self._views.let_go(*self._take_kept())
 
     def _take_kept(self) -> tuple[Releases, int]:
@@ -262,18 +270,30 @@ class ViewSink(FetchSink):
         self._releases, self._kept_bytes = [], 0
         return releases, kept_bytes
 
-    def _check(self, index: int) -> None:
-        """Compare a block that is whole with its checksums."""
+    def _check(self, indices: Sequence[int]) -> tuple[list[int], float]:
+        """Compare blocks that are whole with their checksums: which are bad, and how long it
+        took. On a thread of the worker."""
         begun_at = time.perf_counter()
-        offset, offsets = self._offsets[index], self._pieces.geometry.offsets
-        view = self._views.memory.view
-        layers = [
-            view[offset + first : offset + last] for first, last in itertools.pairwise(offsets)
-        ]
-        seed = block_seed(self._namespace, self._keys[index])
-        if layer_checksums(layers, seed) != self._expected.pop(index):
-            self._corrupt.add(index)
-        self._verify_s += time.perf_counter() - begun_at
+        view, corrupt = self._views.memory.view, []
+        for index in indices:
+            offset, offsets = self._offsets[index], self._pieces.geometry.offsets
+            layers = [
+                view[offset + first : offset + last] for first, last in itertools.pairwise(offsets)
+            ]
+            seed = block_seed(self._namespace, self._keys[index])
+            if layer_checksums(layers, seed) != self._expected[index]:
+                corrupt.append(index)
+        return corrupt, time.perf_counter() - begun_at
+
+    def _checked(self, result: tuple[list[int], float] | Exception) -> None:
+        if isinstance(result, Exception):
+            self.failure = self.failure or result
+        else:
+            corrupt, took_s = result
+            self._corrupt.update(corrupt)
+            self._verify_s += took_s
+        if self.idle or self.failure is not None:
+            self.on_ready()
 
 
 __all__ = ["LEASE_FIRST", "SessionViews", "ViewMemory", "ViewSink"]

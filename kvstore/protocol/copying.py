@@ -13,16 +13,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
 
 from kvstore.blocksource import Chunk
 from kvstore.layout import PieceMap
 from kvstore.messages import Data
 from kvstore.protocol.placing import FetchSink, Placed, PutPuller
+from kvstore.protocol.strands import Strand, Strands
 from kvstore.transfer import BlockMemory, FetchTransfer
 from kvstore.wire import FrameType, Header
 
 # Copied, and then compared with its checksums while the processor's cache still has it.
 CHUNK_BYTES = 1024 * 1024
+# So little is copied at once: 10 us, while handing it over takes 20 to 50.
+HERE_BYTES_MAX = 128 * 1024
+# What takes longer than numpy's calls around it lets other threads run: 3 us.
+LETTING_BYTES_MIN = 64 * 1024
 # News of this much go together: 6 ms of copying, and 2 where somebody may wait for a layer. Each
 # of them may cost a reader whose interpreter is busy a switch of threads, 5 ms.
 NEWS_BYTES_MAX = 64 * 1024 * 1024
@@ -37,11 +45,11 @@ class CopySink(FetchSink):
     Args:
         namespace, keys, pieces: Of the request.
         memory: Of each block, in the asker's memory.
+        strands: Of the connection.
     """
 
     transport = "shm"
     chunk_bytes = CHUNK_BYTES
-    works = True
 
     def __init__(
         self,
@@ -49,12 +57,17 @@ class CopySink(FetchSink):
         keys: Sequence[bytes],
         pieces: PieceMap,
         memory: Sequence[BlockMemory],
+        strands: Strands,
     ) -> None:
         super().__init__()
+        # While parts are under way only `_copy` may use it.
         self._transfer = FetchTransfer(namespace, keys, pieces, memory, _ignore, _ignore)
         self._pieces = pieces
+        self._strands = strands
+        self._strand = Strand(strands)
         in_order = pieces.group_count > 1
         self._news_bytes_max = LAYER_NEWS_BYTES_MAX if in_order else NEWS_BYTES_MAX
+        self._flushing = False  # as soon as nothing is under way
         # News that were kept back: where they begin, where the next byte belongs, how many.
         self._first = (0, 0)
         self._next = (-1, 0)
@@ -65,23 +78,48 @@ class CopySink(FetchSink):
 
     @property
     def accepts(self) -> bool:
-        return True
+        return self._strands.accepts
 
     @property
     def idle(self) -> bool:
-        return True
+        return not self._strand.count
 
     def take(self, chunk: Chunk) -> None:
-        transfer, begin = self._transfer, (chunk.piece, chunk.piece_offset)
-        header = Header(FrameType.DATA, 0, 0, 0, chunk.length, *begin, 0)
+        self._flushing = False
+        work, copied = partial(self._copy, chunk), partial(self._copied, chunk)
+        if chunk.length > HERE_BYTES_MAX or self._strand.count:
+            self._strand.add(work, copied)
+        else:
+            self._strand.run(work, copied)
+
+    def flush(self) -> None:
+        if self._strand.count:
+            self._flushing = True
+        else:
+            self._tell()
+
+    def close(self) -> None:
+        super().close()
+        self._strand.drop()
+
+    def _copy(self, chunk: Chunk) -> list[int]:
+        """Bring a chunk; which of its blocks are bad. On a thread of the worker."""
+        transfer = self._transfer
+        header = Header(FrameType.DATA, 0, 0, 0, chunk.length, chunk.piece, chunk.piece_offset, 0)
         known = len(transfer.corrupt)
-        try:
-            copy(chunk.buffers, transfer.route(header, _scratch))
-            transfer.data(header, chunk.checksums, chunk.failed)
-        finally:
-            chunk.release()
+        copy(chunk.buffers, transfer.route(header, _scratch))
+        transfer.data(header, chunk.checksums, chunk.failed)
+        return transfer.corrupt[known:]
+
+    def _copied(self, chunk: Chunk, corrupt: list[int] | Exception) -> None:
+        chunk.release()
+        if isinstance(corrupt, Exception):
+            self.failure = self.failure or corrupt  # `Dropped` only when nobody asks any more
+            self.on_ready()
+            return
+        begin = (chunk.piece, chunk.piece_offset)
         if chunk.length and begin != self._next:
-            self.flush()
+            self._tell()
         if not self._length:
             self._first = begin
         if chunk.length:
@@ -89,11 +127,17 @@ class CopySink(FetchSink):
         self._length += chunk.length
         self._checksums += chunk.checksums
         self._failed += chunk.failed
-        self._corrupt += transfer.corrupt[known:]
-        if self._length >= self._news_bytes_max or len(self._checksums) >= NEWS_CHECKSUM_BYTES_MAX:
-            self.flush()
+        self._corrupt += corrupt
+        if (
+            self._length >= self._news_bytes_max
+            or len(self._checksums) >= NEWS_CHECKSUM_BYTES_MAX
+            or (self._flushing and not self._strand.count)
+        ):
+            self._tell()
+        if not self._strand.count:
+            self.on_ready()
 
-    def flush(self) -> None:
+    def _tell(self) -> None:
         if not (self._length or self._failed):
             return
         data = Data(
@@ -115,39 +159,47 @@ class CopyPuller(PutPuller):
 
     Args:
         memory: Of each block, in the asker's memory.
+        strands: Of the connection.
     """
 
     transport = "shm"
 
-    def __init__(self, memory: Sequence[BlockMemory]) -> None:
+    def __init__(self, memory: Sequence[BlockMemory], strands: Strands) -> None:
         super().__init__()
         self._memory = memory
-        self._asked: deque[tuple[int, memoryview]] = deque()
+        self._strand = Strand(strands)
+        self._stopped = False
 
     @property
     def idle(self) -> bool:
-        return not self._asked
+        return not self._strand.count
 
     def pull(self, index: int, target: memoryview) -> None:
-        self._asked.append((index, target))
-
-    def work(self, bytes_max: int) -> int:
-        done = 0
-        while self._asked and done < bytes_max:
-            index, target = self._asked.popleft()
-            memory = self._memory[index]
-            copy([memory] if isinstance(memory, memoryview) else memory, [target])
-            done += len(target)
-            del target
-            self.on_pulled(index)
-        return done
+        self._strand.add(partial(self._copy, index, target), partial(self._copied, index))
 
     def stop(self) -> None:
-        self._asked.clear()
+        self._stopped = True
+        self._strand.drop()
+
+    def _copy(self, index: int, target: memoryview) -> None:
+        """On a thread of the worker."""
+        memory = self._memory[index]
+        copy([memory] if isinstance(memory, memoryview) else memory, [target])
+
+    def _copied(self, index: int, failure: Exception | None) -> None:
+        if self._stopped:
+            if self.idle:
+                self.on_ready()
+        elif failure is None:
+            self.on_pulled(index)
+        else:
+            self.failure = self.failure or failure
+            self.on_ready()
 
 
 def copy(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
-    """Copy bytes in order; both sides have as many, cut wherever they are."""
+    """Copy bytes in order; both sides have as many, cut wherever they are. Other threads run
+    meanwhile."""
     rest: deque[memoryview] = deque(sources)
     for target in targets:
         at, size = 0, len(target)
@@ -157,8 +209,15 @@ def copy(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
             if len(source) > room:
                 rest.appendleft(source[room:])
                 source = source[:room]
-            target[at : at + len(source)] = source
+            _copy_piece(target[at : at + len(source)], source)
             at += len(source)
+
+
+def _copy_piece(target: memoryview, source: memoryview) -> None:
+    if len(source) < LETTING_BYTES_MIN:
+        target[:] = source
+    else:
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _after(pieces: PieceMap, piece: int, offset: int, length: int) -> tuple[int, int]:

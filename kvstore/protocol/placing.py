@@ -49,7 +49,6 @@ class FetchSink(abc.ABC):
     Attributes:
         transport: Name for counters: "shm", "rdma".
         chunk_bytes: What one `take` may bring at most.
-        works: Whether `take` keeps the processor busy for as long as the bytes take.
         failure: Why nothing can be brought any more; None while something can.
         on_news: Set by the protocol: a DATA frame is to be sent.
         on_ready: Set by the protocol: it takes a chunk again, has failed, or has become idle.
@@ -57,7 +56,6 @@ class FetchSink(abc.ABC):
 
     transport: str
     chunk_bytes: int
-    works: bool
     failure: Exception | None = None
 
     def __init__(self) -> None:
@@ -103,8 +101,7 @@ class PutPuller(abc.ABC):
         transport: As of `FetchSink`.
         failure: Why no more can be taken; None while they can.
         on_pulled: Set by the protocol: a block is in its target, (index).
-        on_ready: Set by the protocol: `work` has something to do, it has failed, or it has
-            become idle.
+        on_ready: Set by the protocol: it has failed, or has become idle after `stop`.
     """
 
     transport: str
@@ -121,11 +118,7 @@ class PutPuller(abc.ABC):
 
     @abc.abstractmethod
     def pull(self, index: int, target: memoryview) -> None:
-        """Bring a block into its target, later."""
-
-    def work(self, bytes_max: int) -> int:
-        """Do what takes the processor, up to so many bytes (one block always); bytes done."""
-        return 0
+        """Bring a block into its target, later: nothing is called in here."""
 
     @abc.abstractmethod
     def stop(self) -> None:

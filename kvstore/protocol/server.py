@@ -66,9 +66,6 @@ HELLO_BYTES_MAX = 16 * 1024
 # Chunks and ends of fetches in one `fill`, then other connections have their turn: at most a
 # few ms, while 32 chunks of 64 blocks are far more than a socket takes.
 STEPS_PER_FILL_MAX = 32
-# Bytes that are copied into and out of askers' memory, or verified for views, in one `fill`:
-# about 0.5 ms. The last block, or chunk of small ones, may go beyond.
-PLACED_BYTES_PER_FILL_MAX = 4 * 1024 * 1024
 # Puts that are given room in one go. Each may have 4,096 keys to look at, about 2 ms.
 PUTS_PER_TURN_MAX = 4
 # Ids of puts that ended while their bytes may still be arriving. A client stops sending when
@@ -224,8 +221,6 @@ class ServerProtocol(FrameProtocol):
         self._arrivals = 0
         self._waiting: set[int] = set()  # fetches of which nothing was sent yet
         self._puts: dict[int, _PutReceiver] = {}
-        self._pulling: dict[int, PutPuller] = {}  # of those whose blocks are not sent
-        self._pulls_asked = False
         self._reserved_bytes = 0  # of all puts
         # Puts that may want more blocks, in the order in which they get room for them; and
         # whether there is room that nobody was given yet.
@@ -304,7 +299,6 @@ class ServerProtocol(FrameProtocol):
         if puller is not None:
             puller.on_pulled = partial(self._pulled, request_id)
             puller.on_ready = partial(self._puller_ready, request_id)
-            self._pulling[request_id] = puller
         if self._wanting_puts:
             stream.reserve(0)  # what needs no room does not wait for those that do
         self._put_moved(request_id)
@@ -328,11 +322,10 @@ class ServerProtocol(FrameProtocol):
     def fill(self) -> None:
         if self._room_left:
             self._pump_puts()
-        left_bytes = self._pull(PLACED_BYTES_PER_FILL_MAX)
         writer = self.writer
         position = steps = 0
         while position < len(self._fetches) and writer.queued_bytes < FILL_BYTES:
-            if steps == STEPS_PER_FILL_MAX or left_bytes <= 0:
+            if steps == STEPS_PER_FILL_MAX:
                 self.unfilled = True
                 return
             steps += 1
@@ -350,29 +343,17 @@ class ServerProtocol(FrameProtocol):
                 if sink is None:
                     self._send_chunk(request_id, chunk)
                 else:
-                    left_bytes -= chunk.length if sink.works else 0
                     sink.take(chunk)
                 continue
-            if sink is not None:
-                sink.flush()
+            if sink is not None and (serving.stream.finished or sink.accepts):
+                sink.flush()  # or it would only wait for itself
             if serving.stream.finished and (sink is None or sink.idle):
                 del self._fetches[position]
                 self._end_fetch(serving)
             else:
                 position += 1  # waits for its source, or its sink; others may go on
                 steps -= 1
-        self.unfilled = self._room_left or left_bytes <= 0 or self._pulls_asked
-
-    def _pull(self, left_bytes: int) -> int:
-        """Let the pullers work, up to so many bytes; how many are left."""
-        while self._pulls_asked and left_bytes > 0:
-            self._pulls_asked = False
-            for puller in list(self._pulling.values()):
-                left_bytes -= puller.work(left_bytes)
-                if left_bytes <= 0:
-                    self._pulls_asked = True
-                    break
-        return left_bytes
+        self.unfilled = self._room_left
 
     def _end_fetch(self, serving: _Serving) -> None:
         request_id = serving.request_id
@@ -394,9 +375,8 @@ class ServerProtocol(FrameProtocol):
         fetches, self._fetches = self._fetches, []
         self._waiting.clear()
         puts, self._puts = self._puts, {}
-        self._pulling.clear()
         self._wanting_puts.clear()
-        self._room_left = self._pulls_asked = self.unfilled = False
+        self._room_left = self.unfilled = False
         self._held.clear()
         # The last one first; all of them, even if one fails.
         with contextlib.ExitStack() as ending:
@@ -528,7 +508,7 @@ class ServerProtocol(FrameProtocol):
             self._put_moved(request_id)
 
     def _puller_ready(self, request_id: int) -> None:
-        """A puller has something to do, has failed, or has become idle."""
+        """A puller has failed, or has become idle."""
         put = self._puts.get(request_id)
         if put is None:
             return
@@ -588,12 +568,9 @@ class ServerProtocol(FrameProtocol):
             target = put.stream.target(index)
             assert target is not None, "it was reserved just now"
             put.puller.pull(index, target)
-        self._pulls_asked = True
-        self.on_output()
 
     def _end_put(self, request_id: int, put: _PutReceiver) -> None:
         del self._puts[request_id]
-        self._pulling.pop(request_id, None)
         self._wanting_puts.pop(request_id, None)
         self._let_go(request_id)
         self._ended_puts[request_id] = None

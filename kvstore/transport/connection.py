@@ -219,7 +219,8 @@ class FrameConnection:
         else:
             self._want_writable(False)
             self._output_ended = True
-            self.stream.end_sending()
+            if self.on_detached is None:  # or it is for that one to say when all has ended
+                self.stream.end_sending()
 
     def _want_writable(self, wanted: bool) -> None:
         if wanted and not self._writing:

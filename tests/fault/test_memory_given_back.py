@@ -11,18 +11,18 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvstore.errors import TransportError
+from kvstore.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from kvstore.messages import FetchOutcome, PutOutcome
-from kvstore.protocol.copying import CopyPuller
+from kvstore.protocol import copying
 from kvstore.transport.shm import SharedMapping
-from kvstore_client import AsyncClient, Namespace, Region
+from kvstore_client import AsyncClient, Namespace
 from tests.support.cluster import (
     BLOCK_BYTES,
     MIB,
@@ -37,15 +37,16 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.engine import key
+from tests.support.links import cut, link_of, on_one_host
+from tests.support.loops import turns
 from tests.support.memorypeer import MemoryPeer, descriptors, mappings, memfd, refused
+from tests.support.regions import NAME, STAIN, mapped, stain, stained
 from tests.support.tree import ROOT
 
 HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
-STAIN = 0xA5
 COUNT = 8
 KEYS = chain(COUNT)
 SIZE = COUNT * BLOCK_BYTES
-NAME = "kvstore-region"
 
 
 @asynccontextmanager
@@ -53,10 +54,7 @@ async def node_and_client(
     tmp_path: Path, **options: Any
 ) -> AsyncIterator[tuple[Node, AsyncClient, Namespace]]:
     """A daemon that holds blocks, and a client on its host."""
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB, **options) as (node,),
-        connected([node], transport="shm") as client,
-    ):
+    async with on_one_host(tmp_path, **options) as (node, client):
         namespace = await open_pool(client)
         await store_blocks(client, namespace, KEYS)
         yield node, client, namespace
@@ -67,27 +65,6 @@ def nothing_stays_mapped() -> Iterator[None]:
     """Neither the clients nor the daemons of a test keep memory."""
     yield
     assert not mapped()
-
-
-def mapped() -> list[str]:
-    """Memory of clients that is mapped here, by a client or a daemon."""
-    gc.collect()  # handles and their jobs know each other
-    for thread in threading.enumerate():
-        if thread.name == "unmap":
-            thread.join()
-    return mappings("self", NAME)
-
-
-def stain(region: Region) -> bytes:
-    """Write over memory that is ours again; how it must stay."""
-    region.view[:] = bytes([STAIN]) * region.size_bytes
-    return bytes(region.view)
-
-
-def blocks_of(region: Region) -> list[memoryview]:
-    """The blocks that fit into a region."""
-    view = region.view
-    return [view[at : at + BLOCK_BYTES] for at in range(0, len(view), BLOCK_BYTES)]
 
 
 # --- the daemon is in this process: it stands where the test wants --------------------------
@@ -115,11 +92,11 @@ async def test_nothing_is_written_after_a_fetch_that_was_given_up(
         last = TIMEOUT if end == "deadline" else UNAVAILABLE
         assert set(result.outcomes) <= {HIT, last}
         assert last in result.outcomes
-        clean = stain(region)
+        stain(region)
         node.gate.chunk_bytes = MIB
         node.gate.open()
         assert (await fetch_blocks(client, namespace, KEYS)).ok
-        assert bytes(region.view) == clean
+        assert stained(region)
         # The connection was not given up.
         assert node.counter("connections_accepted") == 3
         await client.free(region)
@@ -133,25 +110,25 @@ async def test_nothing_is_written_after_a_lost_link(tmp_path: Path, breaks: str)
         node.gate.chunks_left, node.gate.chunk_bytes = 2, BLOCK_BYTES
         handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
         await until(lambda: node.gate.given == 2)
-        (link,) = client.cluster._links
+        link = link_of(client)
         if breaks == "server":
             for connection in list(node.server.connections):
                 connection.connection.close(TransportError("cut by the test"))
         elif breaks == "client":
-            link._take_down(TransportError("cut by the test"))
+            cut(client)
         else:
             await node.kill()
         result = await handle
         await handle.quiesced()
         assert UNAVAILABLE in result.outcomes
-        clean = stain(region)
+        stain(region)
         node.gate.chunk_bytes = MIB
         node.gate.open()
         if breaks == "killed":
             await node.start(fresh=False)
         await until(lambda: link.up)
         assert (await fetch_blocks(client, namespace, KEYS)).ok
-        assert bytes(region.view) == clean
+        assert stained(region)
         # All regions are there again.
         handle = client.fetch(namespace, KEYS, region.view)
         again = await handle
@@ -187,32 +164,78 @@ async def test_region_in_use_is_not_freed(tmp_path: Path) -> None:
         node.gate.chunks_left = 0
         handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
         await until(lambda: node.gate._waiting)
-        with pytest.raises(Exception, match="in use by 1 requests: wait for `quiet`"):
+        with pytest.raises(LocalProtocolError, match="in use by 1 requests: wait for `quiet`"):
             await client.free(region)
         node.gate.open()
         await handle.quiesced()
         del handle
         await client.free(region)
         await until(lambda: not mapped(), "nobody has it mapped")
-        with pytest.raises(Exception, match="was freed before"):
+        with pytest.raises(LocalProtocolError, match="was freed before"):
             await client.free(region)
 
 
-@contextmanager
-def gated_pulling(monkeypatch: pytest.MonkeyPatch, count: int) -> Iterator[list[int]]:
-    """Let pullers take so many blocks, and then nothing until the end."""
-    left, work = [count], CopyPuller.work
+@pytest.mark.asyncio
+@pytest.mark.parametrize("end", ["deadline", "cancel", "lost", "broken", "stop"])
+async def test_fetch_is_quiet_when_the_last_copy_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A thread of the daemon is in the middle of copying while everything else has ended."""
+    async with node_and_client(tmp_path) as (node, client, namespace):
+        region = await client.allocate(SIZE)
+        node.gate.chunk_bytes = BLOCK_BYTES
+        with gated_copying(monkeypatch, 1) as (left, go):
+            deadline_s = 0.05 if end == "deadline" else 600
+            handle = client.fetch(namespace, KEYS, region.view, deadline_s=deadline_s)
+            await until(lambda: not left[0])
+            if end == "cancel":
+                handle.cancel()
+            elif end == "lost":
+                cut(client)
+            elif end == "broken":
+                for connection in node.server.connections:
+                    connection.connection._broken(RemoteProtocolError("of the test"))
+            elif end == "stop":
+                for connection in list(node.server.connections):
+                    connection.connection.close(TransportError("the server has stopped"))
+            if end in ("deadline", "cancel"):
+                await handle
+            await turns(50)  # who tries again waits as well
+            assert region.users == 1, "a thread of the daemon may be writing there"
+            go.set()
+            result = await handle
+            await handle.quiesced()
+        assert region.users == 0
+        stain(region)
+        await turns(50)
+        assert stained(region)
+        assert set(result.outcomes) <= {HIT, TIMEOUT, UNAVAILABLE}
+        await until(lambda: link_of(client).up)
+        await client.free(region)
 
-    def some(puller: CopyPuller, bytes_max: int) -> int:
-        done = 0
-        while left[0] and not puller.idle:
+
+@contextmanager
+def gated_copying(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> Iterator[tuple[list[int], threading.Event]]:
+    """Let a daemon copy so many pieces, and hold it back in the next ones until the event is
+    set, or the end."""
+    left, go, real = [count], threading.Event(), copying.copy
+
+    def held(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
+        if not left[0]:
+            go.wait()
+        else:
             left[0] -= 1
-            done += work(puller, 1)
-        return done
+        real(sources, targets)
 
     with monkeypatch.context() as patched:
-        patched.setattr(CopyPuller, "work", some)
-        yield left
+        patched.setattr(copying, "HERE_BYTES_MAX", 0)
+        patched.setattr(copying, "copy", held)
+        try:
+            yield left, go
+        finally:
+            go.set()
 
 
 @pytest.mark.asyncio
@@ -224,21 +247,26 @@ async def test_nothing_is_read_after_a_put_that_was_given_up(
     async with node_and_client(tmp_path) as (node, client, namespace):
         region = await client.allocate(SIZE)
         region.view[:] = b"".join(contents(names))
-        with gated_pulling(monkeypatch, 1) as left:
+        with gated_copying(monkeypatch, 1) as (left, go):
             deadline_s = 0.05 if end == "deadline" else 600
             handle = client.put(namespace, names, region.view, deadline_s=deadline_s)
             await until(lambda: not left[0])
             if end == "cancel":
                 handle.cancel()
             elif end == "lost":
-                client.cluster._links[0]._take_down(TransportError("cut by the test"))
+                cut(client)
+            if end != "lost":  # which is tried again, when nobody reads there any more
+                await handle
+            await turns(50)
+            assert region.users == 1, "a thread of the daemon may be reading there"
+            go.set()
             result = await handle
             await handle.quiesced()
         stain(region)
         outcomes = set(result.outcomes)
         assert outcomes <= {PutOutcome.STORED, PutOutcome.TIMEOUT, PutOutcome.UNAVAILABLE}
         await until(lambda: node.store.index.reserved_count == 0)
-        await until(lambda: client.cluster._links[0].up)
+        await until(lambda: link_of(client).up)
         # What is stored is right: nothing of the stain came there.
         found = await fetch_blocks(client, namespace, names)
         assert found.hit_count <= 1
@@ -257,7 +285,7 @@ async def test_killed_client_leaves_nothing_behind(
         node.gate.chunks_left, node.gate.chunk_bytes = 2, BLOCK_BYTES
         if kind == "put":
             assert (await client.delete(namespace, KEYS)) == [True] * COUNT
-        with gated_pulling(monkeypatch, 2) as left:
+        with gated_copying(monkeypatch, 2) as (left, go):
             process = await asyncio.create_subprocess_exec(
                 *command, str(COUNT), env={**os.environ, "PYTHONPATH": path}
             )
@@ -275,6 +303,7 @@ async def test_killed_client_leaves_nothing_behind(
                 await process.wait()
             try:
                 await until(lambda: len(node.server.sessions) == 1, "its session is gone")
+                go.set()
                 await until(lambda: not mappings("self", NAME), "its memory is unmapped")
             finally:
                 gc.enable()
@@ -354,7 +383,7 @@ async def test_other_users_hand_nothing_over(tmp_path: Path) -> None:
             assert result.outcomes == [PutOutcome.STORED]
             assert [run.transport for run in result.runs] == ["unix"]
         async with connected([node], transport="shm") as client:
-            (link,) = client.cluster._links
+            link = link_of(client)
             assert not link.up
             assert "nothing else is to be used" in str(link.last_error)
     assert not mappings("self", "foreign")

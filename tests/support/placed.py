@@ -16,6 +16,7 @@ from kvstore.memorymessages import Memory, MemoryRegion
 from kvstore.messages import Data, Done, Fetch, Message, Put
 from kvstore.protocol.copying import CopyPuller, CopySink
 from kvstore.protocol.placing import FetchSink, Placed, PutPuller
+from kvstore.protocol.strands import Strands
 from kvstore.transfer import BlockMemory, slice_memory
 from kvstore.wire import FrameType
 from tests.support.frames import (
@@ -29,6 +30,7 @@ from tests.support.frames import (
     StoreFetch,
     StorePut,
 )
+from tests.support.workers import ByHand
 
 #: What a request says of memory; here the stand-ins know where that is.
 SOMEWHERE = Memory(regions=(MemoryRegion(keys=(1,), size_bytes=1),), places=b"")
@@ -70,7 +72,6 @@ class RunSink(FetchSink):
 
     transport = "rdma"
     chunk_bytes = MIB
-    works = False
     numbers = 0
 
     def __init__(self, pieces: PieceMap, memory: Sequence[BlockMemory], room: int) -> None:
@@ -177,6 +178,7 @@ class PlacedHooks(Hooks):
     Attributes:
         memory: Of each request, by its id.
         sinks, pullers: What was made for them.
+        worker: Copies, where that is the way.
     """
 
     def __init__(self, store: Store) -> None:
@@ -184,8 +186,12 @@ class PlacedHooks(Hooks):
         self.memory: dict[int, Sequence[BlockMemory]] = {}
         self.sinks: list[FetchSink] = []
         self.pullers: list[PutPuller] = []
-        self.make_sink: Callable[[Fetch, PieceMap, Sequence[BlockMemory]], FetchSink] = copy_sink
-        self.make_puller: Callable[[Sequence[BlockMemory]], PutPuller] = CopyPuller
+        self.make_sink: Callable[[Fetch, PieceMap, Sequence[BlockMemory]], FetchSink] = (
+            self._copy_sink
+        )
+        self.make_puller: Callable[[Sequence[BlockMemory]], PutPuller] = self._copy_puller
+        self.worker = ByHand()
+        self.strands = Strands(self.worker)
 
     def request(self, type: FrameType, request_id: int, message: Message) -> None:
         protocol, store = self.protocol, self.store
@@ -209,10 +215,14 @@ class PlacedHooks(Hooks):
         else:
             super().request(type, request_id, message)
 
+    def _copy_sink(
+        self, message: Fetch, pieces: PieceMap, memory: Sequence[BlockMemory]
+    ) -> FetchSink:
+        """The way of shared memory."""
+        return CopySink(message.namespace, message.keys, pieces, memory, self.strands)
 
-def copy_sink(message: Fetch, pieces: PieceMap, memory: Sequence[BlockMemory]) -> FetchSink:
-    """The way of shared memory."""
-    return CopySink(message.namespace, message.keys, pieces, memory)
+    def _copy_puller(self, memory: Sequence[BlockMemory]) -> PutPuller:
+        return CopyPuller(memory, self.strands)
 
 
 def run_sink(room: int) -> Callable[[Fetch, PieceMap, Sequence[BlockMemory]], RunSink]:
@@ -238,11 +248,15 @@ class PlacedPair(Pair):
         super().__init__(store, cut, in_flight_bytes_max)
         self.hooks = PlacedHooks(store)
         self.hooks.protocol = self.server
+        self.hooks.strands.on_ready = lambda: self.server.on_output()
         self.server._hooks = self.hooks
 
     def pump(self) -> None:
-        while self.up(self._cut()) + self.down(self._cut()) or self.server.unfilled:
+        while self.up(self._cut()) + self.down(self._cut()) or self._goes_on():
             pass
+
+    def _goes_on(self) -> bool:
+        return self.server.unfilled or self.hooks.worker.finish()
 
     def begin_fetch(self, call: FetchCall, **changes: object) -> int:
         self.hooks.memory[self._next_id] = call.transfer.memory

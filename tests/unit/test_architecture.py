@@ -41,6 +41,7 @@ PURE = {
     "kvstore.protocol.copying",
     "kvstore.protocol.placing",
     "kvstore.protocol.server",
+    "kvstore.protocol.strands",
     "kvstore.rates",
     "kvstore.relaytransfer",
     "kvstore.service.linkrate",

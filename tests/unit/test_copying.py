@@ -15,10 +15,12 @@ from kvstore.messages import FetchOutcome
 from kvstore.protocol import copying
 from kvstore.protocol.copying import CopyPuller, CopySink, copy
 from kvstore.protocol.placing import Placed
+from kvstore.protocol.strands import PARTS_MAX, Strands, Worker
 from kvstore.transfer import BlockMemory, FetchTransfer
 from kvstore.wire import FrameType, Header
 from tests.support.engine import key
 from tests.support.frames import MIB, NAMESPACE, Guarded, Store, StoreFetch
+from tests.support.workers import AtOnce, ByHand
 
 HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
 LAYERS = (40, 24, 100)
@@ -41,11 +43,19 @@ class Fetching:
     Attributes:
         news: All that was told.
         arrived, failed: What the reader made of it.
+        worker: What copies; everything is copied at once if not said otherwise.
     """
 
     def __init__(
-        self, store: Store, pieces: PieceMap, keys: Sequence[bytes], layered: bool = False
+        self,
+        store: Store,
+        pieces: PieceMap,
+        keys: Sequence[bytes],
+        layered: bool = False,
+        worker: Worker | None = None,
     ) -> None:
+        self.worker = worker or AtOnce()
+        self.strands = Strands(self.worker)
         self.store, self.pieces, self.keys = store, pieces, keys
         sizes = list(pieces.geometry.layer_bytes[pieces.layer_first : pieces.layer_last])
         self.guards = [[Guarded(n) for n in (sizes if layered else [sum(sizes)])] for _ in keys]
@@ -64,7 +74,7 @@ class Fetching:
             lambda index, group: self.arrived.append((index, group)),
             lambda index, outcome: self.failed.append((index, outcome)),
         )
-        self.sink = CopySink(NAMESPACE, keys, pieces, memory)
+        self.sink = CopySink(NAMESPACE, keys, pieces, memory, self.strands)
         self.sink.on_news = self.news.append
 
     def run(self) -> None:
@@ -202,9 +212,9 @@ def test_chunk_is_released_also_when_it_cannot_be_copied(store: Store) -> None:
     released: list[bool] = []
     call = Fetching(store, PieceMap(store.geometry, 1), KEYS[:1])
     short = Chunk(0, 0, [memoryview(bytes(3))], BLOCK, b"", lambda: released.append(True))
-    with pytest.raises(IndexError):
-        call.sink.take(short)
-    assert released == [True]
+    call.sink.take(short)
+    assert isinstance(call.sink.failure, IndexError)
+    assert (released, call.news) == ([True], [])
 
 
 def test_reader_touches_no_memory_for_news_of_what_was_verified(store: Store) -> None:
@@ -226,7 +236,7 @@ def test_groups_of_layers_take_no_more_memory_than_one(store: Store) -> None:
         pieces = PieceMap(Geometry((1,) * BLOCK), len(keys), 0, BLOCK, group)
         tracemalloc.start()
         try:
-            sink = CopySink(NAMESPACE, keys, pieces, memory)
+            sink = CopySink(NAMESPACE, keys, pieces, memory, Strands(AtOnce()))
             held_bytes.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
@@ -245,52 +255,150 @@ def test_closed_sink_tells_nothing(store: Store) -> None:
 # --- puts ----------------------------------------------------------------------------------
 
 
-def test_puller_works_as_much_as_it_is_told_and_one_block_always(store: Store) -> None:
+def test_blocks_of_a_put_come_in_the_order_in_which_they_were_asked_for() -> None:
     blocks = [memoryview(bytes([number]) * BLOCK) for number in range(4)]
-    puller = CopyPuller(blocks)
+    worker = ByHand()
+    puller = CopyPuller(blocks, Strands(worker))
     pulled: list[int] = []
     puller.on_pulled = pulled.append
     targets = [memoryview(bytearray(BLOCK)) for _ in blocks]
     assert puller.idle
     for index in (2, 0, 3, 1):
         puller.pull(index, targets[index])
-    assert puller.work(1) == BLOCK
-    assert pulled == [2]
-    assert puller.work(BLOCK + 1) == 2 * BLOCK
-    assert pulled == [2, 0, 3]
     assert not puller.idle
-    assert puller.work(MIB) == BLOCK
-    assert (puller.idle, puller.work(MIB)) == (True, 0)
+    worker.work()
+    assert pulled == []  # nobody has told the loop
+    worker.tell()
+    assert pulled == [2]
+    worker.finish()
+    assert pulled == [2, 0, 3, 1]
+    assert puller.idle
     assert [bytes(target) for target in targets] == [bytes(block) for block in blocks]
 
 
-def test_stopped_puller_brings_nothing_more(store: Store) -> None:
-    puller = CopyPuller([memoryview(bytes(BLOCK))] * 2)
-    targets = [memoryview(bytearray(b"x" * BLOCK)) for _ in range(2)]
+def test_stopped_puller_is_idle_when_what_was_begun_has_ended() -> None:
+    worker = ByHand()
+    puller = CopyPuller([memoryview(bytes(BLOCK))] * 3, Strands(worker))
+    targets = [memoryview(bytearray(b"x" * BLOCK)) for _ in range(3)]
     pulled: list[int] = []
-
-    def stop(index: int) -> None:
-        pulled.append(index)
-        puller.stop()
-
-    puller.on_pulled = stop
-    for index in range(2):
+    ready: list[bool] = []
+    puller.on_pulled = pulled.append
+    puller.on_ready = lambda: ready.append(puller.idle)
+    for index in range(3):
         puller.pull(index, targets[index])
-    assert puller.work(MIB) == BLOCK
-    assert pulled == [0]
+    worker.work()
+    puller.stop()
+    assert not puller.idle  # for all that the loop knows
+    worker.finish()
     assert puller.idle
-    assert bytes(targets[1]) == b"x" * BLOCK
+    assert ready[-1]
+    assert pulled == []
+    assert [bytes(target) for target in targets[1:]] == [b"x" * BLOCK] * 2
     puller.stop()
 
 
 def test_layers_of_a_put_are_put_together(store: Store) -> None:
     data = memoryview(store.block(KEYS[0]))
     layers = [data[a:b] for a, b in pairwise(store.geometry.offsets)]
-    puller = CopyPuller([layers])
+    puller = CopyPuller([layers], Strands(AtOnce()))
     target = memoryview(bytearray(BLOCK))
     puller.pull(0, target)
-    assert puller.work(MIB) == BLOCK
     assert target == data
+
+
+def test_put_out_of_memory_that_cannot_be_read_fails() -> None:
+    puller = CopyPuller([memoryview(bytes(BLOCK - 1))], Strands(AtOnce()))
+    ready: list[bool] = []
+    puller.on_ready = lambda: ready.append(True)
+    puller.pull(0, memoryview(bytearray(BLOCK)))
+    assert puller.failure is not None
+    assert (ready, puller.idle) == ([True], True)
+
+
+# --- beside the loop -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is too large to be copied at once."""
+    monkeypatch.setattr(copying, "HERE_BYTES_MAX", 0)
+
+
+def give(call: Fetching, count: int) -> None:
+    """Give a sink so many chunks of one block."""
+    call.store.chunk_bytes = BLOCK
+    stream = StoreFetch(call.store, call.keys, call.pieces)
+    for _ in range(count):
+        chunk = stream.next_chunk(MIB)
+        assert chunk is not None
+        call.sink.take(chunk)
+
+
+@pytest.fixture
+def call(store: Store, large: None) -> Fetching:
+    store.fill(*KEYS)
+    return Fetching(store, PieceMap(store.geometry, 6), KEYS, worker=ByHand())
+
+
+def test_sink_takes_what_the_worker_is_busy_with_and_one_more(call: Fetching) -> None:
+    worker = call.worker
+    assert isinstance(worker, ByHand)
+    ready: list[int] = []
+    call.strands.on_ready = lambda: ready.append(call.strands.count)
+    give(call, PARTS_MAX)
+    assert not call.sink.accepts
+    assert call.store.lent
+    worker.work()
+    assert not call.sink.accepts
+    worker.tell()
+    assert ready == [PARTS_MAX - 1]
+    assert call.sink.accepts
+    worker.finish()
+    assert call.sink.idle
+    assert not call.store.lent
+    assert ready == [PARTS_MAX - 1]  # nobody was refused since
+
+
+def test_news_wait_for_the_last_part_that_is_under_way(call: Fetching) -> None:
+    worker = call.worker
+    assert isinstance(worker, ByHand)
+    give(call, 2)
+    call.sink.flush()
+    worker.work()
+    worker.tell()
+    assert call.news == []
+    worker.finish()
+    assert [news.length for news in call.news] == [2 * BLOCK]
+    call.read()
+    assert [call.block(index) for index in range(2)] == [call.expected(index) for index in range(2)]
+
+
+def test_closed_sink_gives_back_what_nobody_has_begun(call: Fetching) -> None:
+    worker = call.worker
+    assert isinstance(worker, ByHand)
+    idle: list[bool] = []
+    give(call, 2)
+    worker.work()  # and nobody has told of it
+    call.sink.close()
+    call.strands.when_idle(lambda: idle.append(call.sink.idle))
+    assert call.store.lent == 1
+    assert idle == []
+    worker.finish()
+    assert (call.store.lent, idle, call.news) == (0, [True], [])
+    assert call.block(1) == bytes(BLOCK)
+
+
+def test_sink_whose_memory_cannot_be_written_fails(call: Fetching) -> None:
+    worker = call.worker
+    assert isinstance(worker, ByHand)
+    ready: list[bool] = []
+    call.sink.on_ready = lambda: ready.append(True)
+    call.sink._transfer.memory = [memoryview(bytes(BLOCK))] * 6  # not to be written
+    give(call, 1)
+    worker.finish()
+    assert isinstance(call.sink.failure, Exception)
+    assert ready
+    assert (call.store.lent, call.sink.idle, call.news) == (0, True, [])
 
 
 @given(st.binary(max_size=60), st.data())

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
 
 from kvstore.errors import RemoteProtocolError, TransportError
 from kvstore.messages import Data, Done, Error, ErrorCode, FetchOutcome, PutDone, PutOutcome
-from kvstore.protocol import ClientProtocol, client as client_module, server as server_module
+from kvstore.protocol import (
+    ClientProtocol,
+    client as client_module,
+    copying,
+)
+from kvstore.protocol.strands import PARTS_MAX
 from kvstore.wire import Flags, FrameType
 from tests.support.engine import key
 from tests.support.frames import (
@@ -34,6 +40,12 @@ LOST = TransportError("the wire broke")
 PLACED, VERIFIED = Flags.PLACED, Flags.PLACED | Flags.VERIFIED
 
 
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is copied is so much that a worker does it."""
+    monkeypatch.setattr(copying, "HERE_BYTES_MAX", 0)
+
+
 @pytest.fixture
 def store() -> Store:
     return Store(*LAYERS)
@@ -54,7 +66,7 @@ def check_idle(pair: PlacedPair) -> None:
     assert not pair.client._runs
     assert not pair.client._run_waiters
     assert not pair.client._late_runs
-    assert not pair.server._pulling
+    assert (pair.hooks.strands.count, pair.hooks.worker.jobs) == (0, deque())
 
 
 # --- copied by the server ------------------------------------------------------------------
@@ -139,33 +151,30 @@ def test_deadline_at_the_server_ends_a_fetch(pair: PlacedPair, store: Store) -> 
     check_idle(pair)
 
 
-def test_others_have_their_turn_while_much_is_copied(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server_module, "PLACED_BYTES_PER_FILL_MAX", 2 * BLOCK)
+def test_others_have_their_turn_while_much_is_copied(store: Store) -> None:
     store.fill(*KEYS)
     store.chunk_bytes = BLOCK
     pair = PlacedPair(store)
     pair.pump()
-    call = FetchCall(store.geometry, KEYS)
+    call, worker = FetchCall(store.geometry, KEYS), pair.hooks.worker
     pair.begin_fetch(call)
     pair.up(MIB)
     turns = 0
     while not call.replies:
         pair.server.fill()
+        assert not pair.server.unfilled  # it is the worker's turn
+        assert pair.hooks.strands.count <= PARTS_MAX
+        worker.work(len(worker.jobs))
+        worker.tell()
         turns += 1
-        assert pair.server.unfilled or not pair.server.request_count
         deliver(pair.client, take(pair.server.writer, MIB))
-    assert turns >= 3
-    assert not pair.server.unfilled
+    assert turns >= len(KEYS)
     assert call.check() == [HIT] * 6
 
 
+@pytest.mark.parametrize("begun", [0, 1])
 @pytest.mark.parametrize("way", ["lose", "refuse"])
-def test_nothing_is_copied_when_the_connection_ends(
-    store: Store, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    monkeypatch.setattr(server_module, "PLACED_BYTES_PER_FILL_MAX", BLOCK)
+def test_nothing_is_copied_when_the_connection_ends(store: Store, way: str, begun: int) -> None:
     store.fill(*KEYS)
     store.chunk_bytes = BLOCK
     pair = PlacedPair(store)
@@ -174,13 +183,18 @@ def test_nothing_is_copied_when_the_connection_ends(
     pair.begin_fetch(call)
     pair.up(MIB)
     pair.server.fill()
-    assert call.data(0) == call.expected(0)
+    pair.hooks.worker.work(begun)
     if way == "refuse":
         pair.server.refuse(LOST)
         pair.server.fill()
+        pair.hooks.worker.finish()  # what the worker had been given
+        begun = PARTS_MAX
     pair.lose(LOST)
+    assert store.lent == (begun if way == "lose" else 0)
+    pair.hooks.worker.finish()
     assert call.replies == [LOST]
-    assert [call.data(index) for index in range(1, 6)] == [bytes(BLOCK)] * 5
+    assert [call.data(index) for index in range(begun)] == list(map(call.expected, range(begun)))
+    assert [call.data(index) for index in range(begun, 6)] == [bytes(BLOCK)] * (6 - begun)
     assert (store.lent, pair.hooks.ended) == (0, [1])
     check_idle(pair)
 
@@ -208,6 +222,7 @@ def test_a_put(store: Store, budget: int, scattered: bool) -> None:
 def test_nothing_is_asked_for_in_the_stream(pair: PlacedPair, store: Store) -> None:
     pair.begin_put(PutCall(store, KEYS))
     pair.up(MIB)
+    pair.hooks.worker.finish()
     pair.server.fill()
     assert sent_types(take(pair.server.writer, MIB)) == [FrameType.PUT_DONE]
 
@@ -233,28 +248,26 @@ def test_puts_share_the_room_in_turns(store: Store) -> None:
     for call in calls[:4]:
         pair.begin_put(call)
     most = 0
-    while pair.up(61) + pair.down(61):
+    while pair.up(61) + pair.down(61) or pair.hooks.worker.finish():
         most = max(most, store.held)
     assert [call.outcomes() for call in calls[:4]] == [[STORED] * 5] * 4
     assert most <= 2
     check_idle(pair)
 
 
-def test_pulling_leaves_turns_to_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "PLACED_BYTES_PER_FILL_MAX", 2 * BLOCK)
+def test_pulling_leaves_turns_to_others(store: Store) -> None:
     pair = PlacedPair(store)
     pair.pump()
-    call = PutCall(store, KEYS)
+    call, worker = PutCall(store, KEYS), pair.hooks.worker
     pair.begin_put(call)
     pair.up(MIB)
-    turns = 0
     while pair.server.request_count:
         before = len(store.blocks)
         pair.server.fill()
-        turns += 1
-        assert len(store.blocks) - before <= 2
-        assert pair.server.unfilled or not pair.server.request_count
-    assert turns >= 3
+        assert not pair.server.unfilled
+        worker.work(len(worker.jobs))
+        worker.tell()
+        assert len(store.blocks) - before <= 1
     pair.pump()
     assert call.outcomes() == [STORED] * 6
 

@@ -14,9 +14,11 @@ from kvstore.buffers import PAGE_BYTES, Region
 from kvstore.errors import LimitExceeded, LocalProtocolError, PermissionDenied, Unsupported
 from kvstore.layout import Geometry, PieceMap
 from kvstore.memorymessages import REGIONS_SHARED_MAX, Memory, MemoryRegion
+from kvstore.protocol.strands import Strands
 from kvstore.sharedregions import SharedRegions, host_bytes
 from kvstore.transport.shm import SharedMapping
 from tests.support.engine import key
+from tests.support.workers import AtOnce, ByHand
 
 SIZE = 4 * PAGE_BYTES
 GEOMETRY = Geometry((40, 24, 100))
@@ -56,6 +58,11 @@ def mapped() -> int:
         if thread.name == "unmap":
             thread.join()
     return Path("/proc/self/maps").read_text().count(NAME)
+
+
+def strands() -> Strands:
+    """Of a connection without threads."""
+    return Strands(AtOnce())
 
 
 def memory(*places: tuple[int, int], **region: object) -> Memory:
@@ -160,28 +167,29 @@ def test_requests_name_what_was_handed_over(
     pieces = PieceMap(GEOMETRY, 1)
     told = memory((0, 0), **wrong)
     with pytest.raises(LocalProtocolError, match="must name a shared region"):
-        shared.sink(told, bytes(32), KEYS[:1], pieces)
+        shared.sink(told, bytes(32), KEYS[:1], pieces, strands())
     with pytest.raises(LocalProtocolError, match="must name a shared region"):
-        shared.puller(told, GEOMETRY, 1)
+        shared.puller(told, GEOMETRY, 1, strands())
 
 
 def test_places_outside_are_refused(shared: SharedRegions, given_region: Region) -> None:
     shared.share(5, SIZE, os.dup(given_region.fd))
     told = memory((0, SIZE - BLOCK + 1))
     with pytest.raises(LimitExceeded, match="lie outside"):
-        shared.sink(told, bytes(32), KEYS[:1], PieceMap(GEOMETRY, 1))
+        shared.sink(told, bytes(32), KEYS[:1], PieceMap(GEOMETRY, 1), strands())
     with pytest.raises(LimitExceeded, match="lie outside"):
-        shared.puller(told, GEOMETRY, 1)
+        shared.puller(told, GEOMETRY, 1, strands())
     with pytest.raises(LimitExceeded, match="lie outside"):
         # Within the region, and outside of what the request names of it.
-        shared.puller(memory((0, 0), size_bytes=BLOCK - 1), GEOMETRY, 1)
+        shared.puller(memory((0, 0), size_bytes=BLOCK - 1), GEOMETRY, 1, strands())
 
 
 def test_a_put_is_taken_from_where_it_was_said_to_lie(
     shared: SharedRegions, given_region: Region
 ) -> None:
     shared.share(5, SIZE, os.dup(given_region.fd))
-    puller = shared.puller(memory((0, 8), (0, 1000)), GEOMETRY, 2)
+    worker = ByHand()
+    puller = shared.puller(memory((0, 8), (0, 1000)), GEOMETRY, 2, Strands(worker))
     given_region.view[8 : 8 + BLOCK] = bytes([1]) * BLOCK
     given_region.view[1000 : 1000 + BLOCK] = bytes([2]) * BLOCK
     pulled: list[int] = []
@@ -190,7 +198,7 @@ def test_a_put_is_taken_from_where_it_was_said_to_lie(
     for index in (1, 0):
         puller.pull(index, memoryview(targets[index]))
     assert not puller.idle
-    assert puller.work(SIZE) == 2 * BLOCK
+    worker.finish()
     assert puller.idle
     assert pulled == [1, 0]
     assert targets == [bytes([1]) * BLOCK, bytes([2]) * BLOCK]
@@ -201,7 +209,7 @@ def test_memory_in_use_stays_mapped_and_no_longer(
     shared: SharedRegions, given_region: Region, way: str
 ) -> None:
     shared.share(5, SIZE, os.dup(given_region.fd))
-    puller = shared.puller(memory((0, 0)), GEOMETRY, 1)
+    puller = shared.puller(memory((0, 0)), GEOMETRY, 1, strands())
     if way == "unshare":
         shared.unshare(5).close()
     else:

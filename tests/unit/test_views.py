@@ -14,10 +14,11 @@ from kvstore.checksum import block_seed, layer_checksums
 from kvstore.errors import Busy
 from kvstore.layout import Geometry, PieceMap
 from kvstore.messages import AckLevel, Done, FetchOutcome, ViewReply
-from kvstore.protocol.server import PLACED_BYTES_PER_FILL_MAX
+from kvstore.protocol.strands import Strands
 from kvstore.views import VERIFIED_BYTES_MAX, SessionViews, ViewMemory, ViewSink
 from kvstore_daemon.source import ArenaSource
 from tests.support.engine import content, key, layout
+from tests.support.workers import AtOnce
 
 PAGES = 64
 HIT, MISS, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.UNAVAILABLE
@@ -55,7 +56,7 @@ class Bed:
         """View blocks as a server does, by chunks of so many bytes."""
         keys = list(map(key, numbers))
         pieces = PieceMap(Geometry((size,)), len(keys))
-        sink = self.views.sink(namespace, keys, pieces, 1000, True)
+        sink = self.views.sink(namespace, keys, pieces, 1000, True, Strands(AtOnce()))
         stream = self.source.fetch(namespace, keys, pieces)
         stream.locate = True
         while (chunk := stream.next_chunk(bytes_max or sink.chunk_bytes)) is not None:
@@ -122,7 +123,7 @@ async def test_parts_of_a_block_are_counted_once(bed: Bed, bytes_max: int) -> No
 @pytest.mark.parametrize("size", [100, VERIFIED_BYTES_MAX, 3 * VERIFIED_BYTES_MAX])
 async def test_what_is_verified_at_a_time_is_little_or_one_block(bed: Bed, size: int) -> None:
     pieces = PieceMap(Geometry((size,)), 8)
-    sink = bed.views.sink(bytes(32), [key(number) for number in range(8)], pieces, 1000, True)
+    sink = bed.views.sink(
+        bytes(32), [key(number) for number in range(8)], pieces, 1000, True, Strands(AtOnce())
+    )
     assert sink.chunk_bytes == max(size, VERIFIED_BYTES_MAX)
-    assert sink.works
-    assert VERIFIED_BYTES_MAX < PLACED_BYTES_PER_FILL_MAX
