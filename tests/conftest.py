@@ -1,4 +1,5 @@
-"""Settings for every test run: repeatable randomness, asyncio's own checks, no one left behind."""
+"""Settings for every test run: repeatable randomness, asyncio's own checks, no one left behind;
+and the devices that many tests imitate."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from kvstore.transport import verbs
+from tests.support.fakeverbs import FakeVerbs
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 
@@ -38,6 +42,21 @@ def seed(request: pytest.FixtureRequest) -> int:
     value = int(request.config.getoption("seed"))
     print(f"seed: {value}")
     return value
+
+
+@pytest.fixture
+def fake(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeVerbs]:
+    """Imitated devices: two, or as many as `parametrize("fake", ..., indirect=True)` says."""
+    made = FakeVerbs(tmp_path, device_count=getattr(request, "param", 2))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def system(fake: FakeVerbs, monkeypatch: pytest.MonkeyPatch) -> FakeVerbs:
+    """The same in place of the system's: clients and servers find them."""
+    monkeypatch.setattr(verbs, "system_verbs", lambda: fake)
+    return fake
 
 
 @pytest.fixture(scope="session", autouse=True)

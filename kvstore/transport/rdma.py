@@ -28,7 +28,6 @@ from functools import partial
 
 from kvstore.errors import Busy, LimitExceeded, TransportError, TransportTimeout
 from kvstore.transport.rdma_end import RdmaEnd
-from kvstore.transport.rdma_fetch import RdmaSink
 from kvstore.transport.rdma_memory import (
     REGISTRATIONS_MAX,
     Registration,
@@ -36,14 +35,13 @@ from kvstore.transport.rdma_memory import (
     close_regions,
 )
 from kvstore.transport.rdma_options import RdmaOptions, check_rdma_options
-from kvstore.transport.rdma_put import RdmaPuller
 from kvstore.transport.rdma_queue import (
     PIECES_MAX,
     RECEIVES_MAX,
     SENDS_MAX,
     RdmaQueue,
 )
-from kvstore.transport.rdma_rails import AbsentRail, choose_rails, place_rails
+from kvstore.transport.rdma_rails import AbsentRail, place_rails
 from kvstore.transport.rdma_reach import UNREACHED_S, Unreached
 from kvstore.transport.shm import address_of
 from kvstore.transport.verbs import (
@@ -59,8 +57,8 @@ from kvstore.transport.verbs import (
 
 _log = logging.getLogger(__name__)
 
-# Completions taken in one turn of the loop. One tells of 16 MiB at most, written or read, which
-# the reader verifies at once: 8 ms for all of them.
+# Completions taken in one turn of the loop. One tells of 16 MiB at most, or of the last bytes of
+# a block that was read; who hears of them verifies them at once: 8 ms for 16 MiB each.
 _POLL_COUNT = 8
 # The watch looks so many times while a queue pair may stall.
 _LOOKS_PER_STALL = 4
@@ -78,6 +76,7 @@ class _OpenRail:
         reserved: Completions that can be under way.
         broken: Why it is of no use for good; "" while it is.
         fd: What the loop watches; -1 if it does not.
+        due: Whether more completions are taken in the next turn of the loop anyway.
     """
 
     def __init__(self, rail: Rail, broken: str = "") -> None:
@@ -86,6 +85,7 @@ class _OpenRail:
         self.reserved = 0
         self.broken = broken
         self.fd = -1
+        self.due = False
 
     def reason(self) -> str:
         """Why it cannot be used now; "" if it can."""
@@ -301,11 +301,12 @@ class RdmaNode:
     def take_news(self, queue: RdmaQueue) -> None:
         """Take what has completed on a rail, before a queue pair there is closed."""
         rail = self._rails[queue.place]
-        # As many as there can be, or others on this rail would keep us here. Within a batch those
-        # of this queue pair that matter are behind us: what fails it comes last.
-        for _ in range(rail.rail.completions_max // _POLL_COUNT + 1):
+        # As many as lie there at most, or others on this rail would keep us here. Within a batch
+        # those of this queue pair that matter are behind us: what fails it comes last.
+        for _ in range(rail.reserved // _POLL_COUNT + 1):
             if self._polling or not self._poll(rail):
                 return
+        self._go_on(rail)
 
     def drop(self, queue: RdmaQueue) -> None:
         """A queue pair is about to be closed: no completion of it is looked at any more."""
@@ -370,8 +371,19 @@ class RdmaNode:
 
     def _readable(self, rail: _OpenRail) -> None:
         """Take completions; when there are more, others have their turn before."""
-        if self._poll(rail):
-            self.loop.call_soon(self._readable, rail)
+        # One batch in a turn: the descriptor may stay readable until all are taken.
+        if not rail.due and self._poll(rail):
+            self._go_on(rail)
+
+    def _go_on(self, rail: _OpenRail) -> None:
+        """There may be more completions, of which the descriptor does not tell again."""
+        if not rail.due:
+            rail.due = True
+            self.loop.call_soon(self._take_more, rail)
+
+    def _take_more(self, rail: _OpenRail) -> None:
+        rail.due = False
+        self._readable(rail)
 
     def _poll(self, rail: _OpenRail) -> bool:
         """Take completions; whether there may be more."""
@@ -453,13 +465,4 @@ def _stalled(queue: RdmaQueue, late: float) -> bool:
     return queue.outstanding and queue.progress_at <= late
 
 
-__all__ = [
-    "RdmaEnd",
-    "RdmaNode",
-    "RdmaOptions",
-    "RdmaPuller",
-    "RdmaSink",
-    "Registration",
-    "check_rdma_options",
-    "choose_rails",
-]
+__all__ = ["RdmaNode", "RdmaOptions"]

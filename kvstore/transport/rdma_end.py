@@ -133,7 +133,8 @@ class RdmaEnd:
         self._connected = True
         self._place_count = len(peer.rails)
         reasons: list[str] = []
-        unreached: dict[int, None] = {}
+        unreached: list[int] = []
+        untried: list[int] = []
         clock = self._node.loop.time
         late = clock() + CONNECT_S
         for queue in list(self.queues):
@@ -143,16 +144,19 @@ class RdmaEnd:
                 reasons.append(f"{queue.name}: the peer has no queue pair")
                 continue
             queue.jobs_max = min(queue.jobs_max, peer.receives)
+            if clock() >= late:
+                self._drop(queue)
+                self.left_out.append(f"{queue.name}: the others have taken {CONNECT_S:g} s")
+                untried.append(queue.place)
+                continue
             try:
-                if clock() >= late:
-                    raise VerbsError(f"the others have taken {CONNECT_S:g} s")
                 self._node.connect(
                     queue, QueueAddress(at.number, at.psn, at.gid, at.lid, at.mtu_bytes)
                 )
             except VerbsError as error:
                 self._drop(queue)
                 self.left_out.append(f"{queue.name}: {error}")
-                unreached[queue.place] = None
+                unreached.append(queue.place)
         reasons += self.left_out
         if not self.queues:
             self._node.take_in(self.peer)
@@ -160,12 +164,13 @@ class RdmaEnd:
                 f"rdma to {self.peer}: no rail could be connected: {'; '.join(reasons)}"
             )
             raise self.failed
-        if unreached and not self.active:
-            self._node.leave_out(self.peer, unreached)
+        if self.left_out and not self.active:
+            # The next end tries those that there was no time for, if it would come any further.
+            self._node.leave_out(self.peer, unreached or untried)
             for queue in self.queues:
                 self._drop(queue)
             self.failed = RailsUnreached(
-                f"rdma to {self.peer}: a rail could not be connected, and is left out from now on:"
+                f"rdma to {self.peer}: a rail could not be connected, and is left out for now:"
                 f" {'; '.join(self.left_out)}"
             )
             raise self.failed
@@ -216,9 +221,9 @@ class RdmaEnd:
             if payload.failure is None:
                 payload.failure = self.failed
         for job in jobs:
-            job.owner.lost(job)
+            self._call(job.owner.lost, job)
         for payload in told:
-            payload.on_ready()
+            self._call(payload.on_ready)
 
     # --- what payloads call ------------------------------------------------------------------
 
@@ -226,11 +231,8 @@ class RdmaEnd:
         """The queue pair with room that has the fewest bytes under way; None if none has."""
         best = None
         for queue in self.queues:
-            if (
-                queue.has_room
-                and (best is None or queue.bytes_out < best.bytes_out)
-                and not (for_reads and queue.reads_out >= queue.reads_max)
-            ):
+            room = queue.has_room_for_reads if for_reads else queue.has_room
+            if room and (best is None or queue.bytes_out < best.bytes_out):
                 best = queue
         return best
 
@@ -284,15 +286,12 @@ class RdmaEnd:
         """A batch of completions was looked at: call back who waits for what it has changed."""
         moved, self._moved = self._moved, {}
         calls: list[Callable[[], None]] = []
-        if self._waiting and self.roomy() is not None:
+        if self._waiting and (self.roomy() or self.roomy(for_reads=True)):
             waiting, self._waiting = self._waiting, {}
             calls += [payload.resume for payload in waiting]
         calls += [partial(_tell_idle, payload) for payload in moved]
         for call in calls:
-            try:
-                call()
-            except Exception as error:
-                self._node.report(self, error)
+            self._call(call)
 
     def fail(self, queue: RdmaQueue, error: TransportError) -> None:
         """Give a queue pair up. What it carried is lost, and its memory is released. Of what has
@@ -317,7 +316,7 @@ class RdmaEnd:
             loop.call_soon(_tell, payload)
         loop.call_soon(self._tell_failed, error)
         for job in jobs:
-            job.owner.lost(job)
+            self._call(job.owner.lost, job)
 
     # --- inside ----------------------------------------------------------------------------
 
@@ -325,7 +324,14 @@ class RdmaEnd:
         moved = self._moved
         for job in jobs:
             moved[job.owner] = None
-            job.owner.completed(job)
+            self._call(job.owner.completed, job)
+
+    def _call(self, call: Callable[..., None], *arguments: object) -> None:
+        """One request's mistake is not to cost the others of its session their memory."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._node.report(self, error)
 
     def _drop(self, queue: RdmaQueue) -> list[Job]:
         self.queues = [one for one in self.queues if one is not queue]

@@ -25,7 +25,7 @@ from kvstore.memorymap import MemoryMap
 from kvstore.messages import Data, Done
 from kvstore.protocol.placing import FetchSink, Placed
 from kvstore.transport.rdma_cut import cut, local_pieces, remote_ranges
-from kvstore.transport.rdma_queue import Job, Payload
+from kvstore.transport.rdma_queue import SENDS_MAX, Job, Payload
 from kvstore.transport.verbs import Opcode, Work
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class RdmaSink(FetchSink, Payload):
     """
 
     transport = "rdma"
-    works = False
 
     def __init__(self, end: RdmaEnd, memory_map: MemoryMap, pieces: PieceMap) -> None:
         super().__init__()
@@ -56,6 +55,11 @@ class RdmaSink(FetchSink, Payload):
         self._map = memory_map
         self._pieces = pieces
         self.chunk_bytes = LAYER_CHUNK_BYTES if pieces.group_count > 1 else CHUNK_BYTES
+        if memory_map.layered:
+            # A request for each layer: 5 us, in which nothing else happens; and two chunks are to
+            # be under way.
+            layer_bytes = pieces.span_bytes // (pieces.layer_last - pieces.layer_first)
+            self.chunk_bytes = min(self.chunk_bytes, layer_bytes * SENDS_MAX // 2)
         self._remote = RemoteMemory(end, memory_map)
         self._under_way = 0
         self._lost_runs: list[int] = []

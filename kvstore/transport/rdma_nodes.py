@@ -59,6 +59,7 @@ class RdmaNodes:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self._closed = False
         self._nodes: dict[tuple[bytes, str], RdmaNode] = {}
 
     def node(self, options: RdmaOptions, local_address: str) -> RdmaNode:
@@ -66,7 +67,10 @@ class RdmaNodes:
 
         Raises:
             VerbsMissing, NoDevice, VerbsForbidden, VerbsError: As `RdmaNode`.
+            VerbsClosed: After `close`.
         """
+        if self._closed:
+            raise verbs.VerbsClosed("the RDMA nodes of this process are closed")
         key = (msgspec.msgpack.encode(options), local_address)
         node = self._nodes.get(key)
         if node is None:
@@ -77,6 +81,7 @@ class RdmaNodes:
 
     def close(self) -> None:
         """Close all of them. Harmless when called again."""
+        self._closed = True
         nodes = list(self._nodes.values())
         self._nodes.clear()
         with contextlib.ExitStack() as ending:  # all of them, even if one fails

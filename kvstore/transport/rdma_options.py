@@ -12,7 +12,7 @@ from kvstore.memorymessages import RAILS_MAX
 from kvstore.transport.verbs import QueueTuning
 
 MTUS = (256, 512, 1024, 2048, 4096)
-# As many entries as the gid table of any device that we know of has.
+# The address of a peer has 8 bits for it: `sgid_index` of `ibv_global_route`. Tables may be longer.
 GID_INDEX_MAX = 255
 # An hour stands for "never", and a mistake in the unit is seen.
 STALL_S_MAX = 3600.0
@@ -70,7 +70,7 @@ class RdmaOptions(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def parse_device(text: str, option: str = "devices") -> tuple[str, int]:
+def parse_device(text: str) -> tuple[str, int]:
     """Name and port of a device; port 0 for all of its ports.
 
     Raises:
@@ -78,23 +78,20 @@ def parse_device(text: str, option: str = "devices") -> tuple[str, int]:
     """
     name, colon, port = text.partition(":")
     if not name or (colon and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 255)):
-        raise ConfigError(option, text, "must be a device or device:port, as in mlx5_0:1")
+        raise ConfigError("devices", text, "must be a device or device:port, as in mlx5_0:1")
     return name, int(port or 0)
 
 
-def check_rdma_options(options: RdmaOptions, prefix: str = "") -> RdmaOptions:
+def check_rdma_options(options: RdmaOptions) -> RdmaOptions:
     """The options, if they can be.
-
-    Args:
-        prefix: Of the names of options, for errors.
 
     Raises:
         ConfigError: Names the option, its value and what is allowed.
     """
     for text in options.devices:
-        parse_device(text, f"{prefix}devices")
+        parse_device(text)
         if options.devices.count(text) > 1:
-            raise ConfigError(f"{prefix}devices", text, "must be given once")
+            raise ConfigError("devices", text, "must be given once")
     for name, least, most in (
         ("gid_index", -1, GID_INDEX_MAX),
         ("service_level", 0, 15),
@@ -107,18 +104,16 @@ def check_rdma_options(options: RdmaOptions, prefix: str = "") -> RdmaOptions:
     ):
         value = getattr(options, name)
         if not least <= value <= most:
-            raise ConfigError(
-                f"{prefix}{name}", value, f"must be a whole number from {least} to {most}"
-            )
+            raise ConfigError(name, value, f"must be a whole number from {least} to {most}")
     if options.mtu_bytes not in (0, *MTUS):
         raise ConfigError(
-            f"{prefix}mtu_bytes", options.mtu_bytes, f"must be 0 (the port's) or one of {MTUS}"
+            "mtu_bytes", options.mtu_bytes, f"must be 0 (the port's) or one of {MTUS}"
         )
     if not 0 < options.stall_s <= STALL_S_MAX:
         raise ConfigError(
-            f"{prefix}stall_s", options.stall_s, f"must be above 0 and at most {STALL_S_MAX:g}"
+            "stall_s", options.stall_s, f"must be above 0 and at most {STALL_S_MAX:g}"
         )
     return options
 
 
-__all__ = ["MTUS", "RdmaOptions", "check_rdma_options", "parse_device"]
+__all__ = ["GID_INDEX_MAX", "MTUS", "RdmaOptions", "check_rdma_options", "parse_device"]

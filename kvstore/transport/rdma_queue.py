@@ -35,7 +35,8 @@ RECEIVES_MAX = 256
 # Receives are posted again when so many are used up: one call into the device for all.
 RECEIVES_BATCH = 32
 # Bytes under way on one queue pair, from the first chunk beyond it on no more: at 400 Gbit/s
-# 1.3 ms, in which an event loop comes round; and a CANCEL waits no longer.
+# 1.3 ms, in which an event loop comes round; and a CANCEL waits no longer. Each way, for fetches
+# and puts do not share a direction of the link: or those of one kind could take all the room.
 FLIGHT_BYTES_MAX = 64 * 1024 * 1024
 # A scatter entry has 32 bits for its length, and devices of 1 GiB at least for a request.
 WORK_BYTES_MAX = 1 << 30
@@ -98,7 +99,7 @@ class Job:
     Attributes:
         key: The owner's number for it.
         length: Bytes.
-        reads: How many of the requests are READs.
+        reads: How many READs the requests are; 0 if they are WRITEs.
         kept: Whether its local memory is to be used never again, for nobody can say whether the
             device is done with it.
         release: Called when nothing uses the local memory any more.
@@ -135,6 +136,7 @@ class RdmaQueue:
         stuck: It could neither be flushed nor closed: nobody can say what its device still does.
         name: Rail and peer, for people.
         bytes_out, reads_out: Of all jobs that were added and are not done.
+        read_bytes_out: Those of `bytes_out` that are read.
         progress_at: When something completed last, or there was nothing outstanding.
         next_id: Of the first request of the next job.
         jobs_max: Jobs under way at most: not more news than the peer has receives for.
@@ -143,7 +145,8 @@ class RdmaQueue:
     __slots__ = (
         "_clock", "_jobs", "_posted", "_retired", "_used", "_waiting", "bytes_out", "closed",
         "end", "ending", "jobs_max", "name", "next_id", "pair", "pieces_max", "place",
-        "progress_at", "reads_max", "reads_out", "sends_max", "stuck", "work_bytes_max",
+        "progress_at", "read_bytes_out", "reads_max", "reads_out", "sends_max", "stuck",
+        "work_bytes_max",
     )  # fmt: skip
 
     def __init__(
@@ -168,7 +171,7 @@ class RdmaQueue:
         # Twice as many as are under way at once: the next ones are there when one ends.
         self.reads_max = 2 * rail.reads_max
         self.jobs_max = RECEIVES_MAX
-        self.bytes_out = 0
+        self.bytes_out = self.read_bytes_out = 0
         self.reads_out = 0
         self.next_id = 0
         self.progress_at = 0.0
@@ -181,10 +184,22 @@ class RdmaQueue:
 
     @property
     def has_room(self) -> bool:
-        """Whether a job may be added: it need not fit."""
+        """Whether a job that writes may be added: it need not fit."""
+        return self.bytes_out - self.read_bytes_out < FLIGHT_BYTES_MAX and self._takes
+
+    @property
+    def has_room_for_reads(self) -> bool:
+        """Whether a job that reads may be added: it need not fit."""
+        return (
+            self.read_bytes_out < FLIGHT_BYTES_MAX
+            and self.reads_out < self.reads_max
+            and self._takes
+        )
+
+    @property
+    def _takes(self) -> bool:
         return (
             not self._waiting
-            and self.bytes_out < FLIGHT_BYTES_MAX
             and self._posted - self._retired < self.sends_max
             and len(self._jobs) < self.jobs_max
         )
@@ -208,8 +223,7 @@ class RdmaQueue:
         job.last_id = self.next_id - 1
         job.place = self.place
         self._jobs.append(job)
-        self.bytes_out += job.length
-        self.reads_out += job.reads
+        self._count(job, 1)
         if not self._waiting and self._posted - self._retired + count <= self.sends_max:
             self._posted += count
             self.pair.post(works)
@@ -225,8 +239,7 @@ class RdmaQueue:
         jobs = self._jobs
         while jobs and jobs[0].last_id <= last_id:
             job = jobs.popleft()
-            self.bytes_out -= job.length
-            self.reads_out -= job.reads
+            self._count(job, -1)
             done.append(job)
         return done
 
@@ -267,7 +280,7 @@ class RdmaQueue:
         self.closed = True
         self._waiting.clear()
         jobs, self._jobs = list(self._jobs), deque()
-        self.bytes_out = self.reads_out = 0
+        self.bytes_out = self.read_bytes_out = self.reads_out = 0
         flushed = self.stop()
         try:
             self.pair.close()
@@ -278,6 +291,12 @@ class RdmaQueue:
             for job in jobs:
                 job.kept, job.release = True, _never
         return jobs
+
+    def _count(self, job: Job, sign: int) -> None:
+        self.bytes_out += sign * job.length
+        if job.reads:
+            self.reads_out += sign * job.reads
+            self.read_bytes_out += sign * job.length
 
     def _post_waiting(self) -> None:
         waiting = self._waiting

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from kvstore.transport.rdma_options import RdmaOptions, parse_device
+from kvstore.transport.rdma_options import GID_INDEX_MAX, RdmaOptions, parse_device
 from kvstore.transport.verbs import (
     Completion,
     DeviceInfo,
@@ -125,7 +125,9 @@ def _named(
 
 
 def _choose_gid(port: PortInfo, index: int, near: IpAddress | None) -> Gid | None:
-    gids = [gid for gid in port.gids if gid.address not in ("", "::")]
+    gids = [
+        gid for gid in port.gids if gid.address not in ("", "::") and gid.number <= GID_INDEX_MAX
+    ]
     if index >= 0:
         return next((gid for gid in gids if gid.number == index), None)
     gids.sort(key=lambda gid: (near is None or _address(gid.address) != near, _rank(gid)))

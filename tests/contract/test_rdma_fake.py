@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,20 +21,12 @@ from tests.support.rdmaends import QUICK, Fetch, Pull, Request, session
 ONE_RAIL = msgspec.structs.replace(QUICK, rails_max=1)
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeVerbs]:
-    """An own network."""
-    made = FakeVerbs(tmp_path)
-    yield made
-    made.close()
-
-
 class TestFake(RdmaTests):
     """The suite."""
 
     @pytest.fixture
     def verbs(self, fake: FakeVerbs) -> Verbs:
-        """An own network."""
+        """Imitated."""
         return fake
 
 

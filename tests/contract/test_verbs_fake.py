@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.transport.verbs import RailSetup, Verbs, VerbsError
+from kvstore.transport.verbs import Verbs, VerbsError
 from tests.rdma.verbs_suite import FLUSHED, NO_ACCESS, NO_ANSWER, VerbsTests
 from tests.support.fakeverbs import PACKET_BYTES, VARIABLE, FakeVerbs
 from tests.support.tree import ROOT
@@ -31,41 +31,17 @@ class TestFake(VerbsTests):
     """The contract."""
 
     @pytest.fixture
-    def verbs(self, tmp_path: Path) -> Iterator[Verbs]:
-        """An own network."""
-        fake = FakeVerbs(tmp_path)
-        yield fake
-        fake.close()
+    def verbs(self, fake: FakeVerbs) -> Verbs:
+        """Imitated."""
+        return fake
 
     @pytest.fixture
     def environment(self, tmp_path: Path) -> dict[str, str]:
         """What a process needs to be on it."""
         return {VARIABLE: str(tmp_path)}
 
-    @contextlib.contextmanager
-    def take_down(self, verbs: Verbs, setup: RailSetup) -> Iterator[None]:
-        assert isinstance(verbs, FakeVerbs)
-        verbs.take_down(setup.device)
-        yield
-        verbs.bring_up(setup.device)
-
-    @contextlib.contextmanager
-    def remove(self, verbs: Verbs, setup: RailSetup) -> Iterator[None]:
-        assert isinstance(verbs, FakeVerbs)
-        verbs.remove(setup.device)
-        yield
-        verbs.bring_up(setup.device)
-
 
 # --- what only the imitation can do ----------------------------------------------------------
-
-
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeVerbs]:
-    """An own network."""
-    made = FakeVerbs(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A daemon on this host that is killed or stopped while it writes into memory of a client.
+"""A daemon on this host that is killed or stopped while it has a client's memory to itself.
 
 A daemon that was stopped goes on where it was when it is continued: until then the memory is not
 its owner's, however long that takes.
@@ -21,12 +21,13 @@ from kvstore.messages import FetchOutcome
 from kvstore_client import AsyncClient, AsyncFetchHandle, Client, Namespace, Region
 from tests.support.cluster import MIB, chain, connected, open_pool, until
 from tests.support.engine import content, layout
+from tests.support.links import link_of
 from tests.support.memorypeer import descriptors, mappings
 from tests.support.processes import Daemon, daemon
+from tests.support.regions import NAME, STAIN, stain, stained
 from tests.support.tree import ROOT
 
 HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
-STAIN = 0xA5
 COUNT = 96
 KEYS = chain(COUNT)
 SIZE = COUNT * MIB
@@ -58,16 +59,6 @@ async def filled(process: Daemon) -> AsyncIterator[tuple[AsyncClient, Namespace,
         assert (await handle).ok
         await handle.quiesced()
         yield client, namespace, region
-
-
-def stain(region: Region) -> None:
-    """Write over memory that is ours."""
-    region.view[:] = bytes([STAIN]) * region.size_bytes
-
-
-def stained(region: Region) -> bool:
-    """Whether nobody has written there since."""
-    return bytes(region.view) == bytes([STAIN]) * region.size_bytes
 
 
 async def stopped_halfway(
@@ -145,7 +136,7 @@ async def test_memory_is_not_free_before_a_stopped_daemon_is_continued_or_killed
             last = TIMEOUT if end == "deadline" else UNAVAILABLE
             assert set(result.outcomes) <= {HIT, last}
             assert last in result.outcomes
-            (link,) = client.cluster._links
+            link = link_of(client)
             await until(lambda: not link.up, "the link is given up")
             assert not handle.quiet.done()
             assert region.users == 1
@@ -163,6 +154,38 @@ async def test_memory_is_not_free_before_a_stopped_daemon_is_continued_or_killed
             await until(lambda: link.up)
             await fetch_again(client, namespace)
             assert stained(region)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("which", ["under way", "begun when it is down"])
+async def test_puts_to_a_stopped_daemon_fail_when_its_link_is_down(
+    tmp_path: Path, which: str
+) -> None:
+    """It may yet read their memory, which is no reason to wait for the outcome, nor to keep
+    those that come after from being told."""
+    count, size = 20, 4096
+    with kvstored(tmp_path) as process:
+        async with connected(process.uri, transport="shm", deadline_s=600) as client:
+            namespace = await open_pool(client, size)
+            region = await client.allocate(count * size)
+            link = link_of(client)
+            assert (await client.put(namespace, KEYS[:1], region.view[:size])).ok
+            process.signal(signal.SIGSTOP)
+            views = [region.view[at * size : (at + 1) * size] for at in range(count)]
+            handles = [
+                client.put(namespace, chain(1, start=100 + number), [view])
+                for number, view in enumerate(views[:17])
+            ]
+            await until(lambda: region.users >= 16, "they are under way")
+            handles[0].cancel()
+            await until(lambda: not link.up, "the link is given up")
+            if which == "under way":
+                await until(handles[1].poll, "the outcome of one that was under way")
+            else:
+                late = client.put(namespace, chain(1, start=200), views[17:18])
+                await until(late.poll, "the outcome of one that nobody was asked for")
+            process.signal(signal.SIGCONT)
+            del views
 
 
 @pytest.mark.asyncio
@@ -208,13 +231,11 @@ async def test_others_go_on_while_a_client_is_stopped(tmp_path: Path) -> None:
                 sys.executable, *command, env={**os.environ, "PYTHONPATH": PATH}
             )
             try:
-                await until(lambda: mappings(process.pid, "kvstore-region")[1:], "both share")
+                await until(lambda: mappings(process.pid, NAME)[1:], "both share")
                 doomed.send_signal(signal.SIGSTOP)
                 await fetch_again(client, namespace)
             finally:
                 doomed.kill()
                 await doomed.wait()
-            await until(
-                lambda: len(mappings(process.pid, "kvstore-region")) == 1, "its memory is unmapped"
-            )
+            await until(lambda: len(mappings(process.pid, NAME)) == 1, "its memory is unmapped")
             await fetch_again(client, namespace)

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from kvstore.errors import TransportError
 from kvstore.messages import FetchOutcome, PutOutcome
-from kvstore.transport import verbs as verbs_module
 from kvstore.transport.verbs import Verbs
 from kvstore_client import link as link_module
 from tests.rdma.fault_suite import ClientFaultTests, idle
-from tests.support.agents import run_agents
 from tests.support.bothways import relay_next
-from tests.support.cluster import MIB, chain, connected, contents, open_pool, serve, until
+from tests.support.cluster import chain, contents, until
 from tests.support.fakeverbs import PACKET_BYTES, FakeVerbs
+from tests.support.links import cut, link_of, reconnected, up_again
 from tests.support.loops import turns
 from tests.support.rdmaserved import (
-    LISTEN,
     active_end,
     fetch_into,
-    link_of,
     put_blocks,
-    reconnected,
+    relayed,
     served,
-    stain,
-    stained,
-    up_again,
     ways,
 )
+from tests.support.regions import stain, stained
 
 HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
 COUNT = 8
@@ -40,28 +31,13 @@ BLOCK = 2 * PACKET_BYTES + 1000
 SIZE = COUNT * BLOCK
 
 
-@pytest.fixture
-def fake(tmp_path: Path) -> Iterator[FakeVerbs]:
-    """An own network."""
-    made = FakeVerbs(tmp_path)
-    yield made
-    made.close()
-
-
 class TestFake(ClientFaultTests):
     """The suite."""
 
     @pytest.fixture
     def verbs(self, fake: FakeVerbs) -> Verbs:
-        """An own network."""
+        """Imitated."""
         return fake
-
-
-@pytest.fixture
-def system(fake: FakeVerbs, monkeypatch: pytest.MonkeyPatch) -> FakeVerbs:
-    """Clients and servers find these verbs."""
-    monkeypatch.setattr(verbs_module, "system_verbs", lambda: fake)
-    return fake
 
 
 @pytest.mark.asyncio
@@ -82,7 +58,7 @@ async def test_what_is_under_way_is_cut_off_before_memory_is_given_back(
         if end == "cancel":
             handle.cancel()
         elif end == "cut":
-            link_of(client)._take_down(TransportError("cut by the test"))
+            cut(client)
         result = await handle
         # The daemon cannot end it: so the queue pairs are.
         await handle.quiesced()
@@ -156,17 +132,8 @@ async def test_device_that_completes_nothing_is_given_up(system: FakeVerbs) -> N
 @pytest.mark.asyncio
 @pytest.mark.slow
 async def test_relay_that_is_killed_in_mid_transfer_costs_no_answer(system: FakeVerbs) -> None:
-    async with (
-        serve(listen=LISTEN, arena_bytes=4 * MIB) as (node,),
-        run_agents([node], listen=(LISTEN,), transport="rdma", policy="direct") as (agent,),
-        connected(
-            [node], relays=[agent.uri], policy="round_robin", transport="rdma", deadline_s=60
-        ) as client,
-    ):
-        namespace = await open_pool(client, BLOCK)
+    async with relayed(BLOCK) as (_, agent, client, namespace):
         await put_blocks(client, namespace, KEYS)
-        (to_relay,) = client.cluster.relays.links
-        await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
         region = await client.allocate(SIZE)
         await relay_next(client)
         assert ways(await fetch_into(client, namespace, KEYS, region)) == {("relay", "rdma")}

@@ -1,163 +1,248 @@
-"""Regions of a client, and the ways of its links into them, where something goes wrong."""
+"""Regions of a client, from the moment they are made until they are gone, where something fails."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvstore.buffers import Region as Kernel
-from kvstore.errors import LocalProtocolError, TransportError
-from kvstore.messages import FetchOutcome, Message
-from kvstore.transport import verbs as verbs_module
-from kvstore.transport.rdma import RdmaNode
-from kvstore.transport.rdma_queue import RdmaQueue
+from kvstore.errors import KVStoreError
+from kvstore.messages import FetchOutcome, Message, PutOutcome
 from kvstore.transport.verbs import VerbsError
 from kvstore.wire import FrameType
-from kvstore_client import agreement as agreement_module
-from kvstore_client.linkmemory import SharedMemory
-from kvstore_client.memory import Regions
-from tests.support.cluster import BLOCK_BYTES, MIB, chain, connected, open_pool, serve, until
-from tests.support.fakeverbs import PACKET_BYTES, FakeVerbs
+from kvstore_client.agreement import Agreement
+from kvstore_client.linkmemory import LinkMemory, SharedMemory
+from kvstore_client.memory import Region, Regions
+from tests.support.cluster import MIB, chain, until
+from tests.support.engine import content
+from tests.support.fakeverbs import FakeVerbs
+from tests.support.links import cut, link_of, on_one_host
 from tests.support.loops import turns
-from tests.support.rdmaserved import (
-    active_end,
-    fetch_into,
-    link_of,
-    passive_end,
-    put_blocks,
-    reconnected,
-    served,
-    up_again,
-)
+from tests.support.memorypeer import descriptors
+from tests.support.rdmaserved import served, ways
 
-COUNT = 8
-KEYS = chain(COUNT)
-BLOCK = 2 * PACKET_BYTES + 1000
-SIZE = COUNT * BLOCK
+KEYS = chain(8)
 
 
-@pytest.fixture
-def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVerbs]:
-    """Clients and servers find these verbs."""
-    fake = FakeVerbs(tmp_path)
-    monkeypatch.setattr(verbs_module, "system_verbs", lambda: fake)
-    yield fake
-    fake.close()
+# --- made -----------------------------------------------------------------------------------
 
 
-# --- queue pairs ----------------------------------------------------------------------------
+@pytest.mark.asyncio
+async def test_region_whose_allocate_was_cancelled_while_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread makes it, and nobody waits for that any more."""
+    making, go_on, gone = threading.Event(), threading.Event(), threading.Event()
+    real_touch, real_close = Kernel.touch, Kernel.close
+
+    def touch(self: Kernel) -> None:
+        making.set()
+        go_on.wait()
+        real_touch(self)
+
+    def close(self: Kernel) -> None:
+        real_close(self)
+        gone.set()
+
+    async with on_one_host(tmp_path) as (node, client):
+        monkeypatch.setattr(Kernel, "touch", touch)
+        monkeypatch.setattr(Kernel, "close", close)
+        allocating = asyncio.ensure_future(client.allocate(4096))
+        await until(making.is_set, "it is being made")
+        allocating.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await allocating
+        go_on.set()
+        await until(gone.is_set, "it is unmapped")
+        assert len(client.cluster.regions) == 0
+        (session,) = node.server.sessions.values()
+        assert len(session.memory.shared) == 0
+
+
+@pytest.mark.asyncio
+async def test_region_of_an_allocate_that_was_cancelled_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody else has it who could free it."""
+    async with on_one_host(tmp_path) as (_, client):
+        asked = asyncio.Event()
+
+        async def hang(self: SharedMemory, region: Region) -> None:
+            asked.set()
+            await asyncio.sleep(3600)
+
+        monkeypatch.setattr(SharedMemory, "add", hang)
+        allocating = asyncio.ensure_future(client.allocate(4096))
+        await asked.wait()
+        allocating.cancel()
+        await asyncio.wait([allocating])
+        assert len(client.cluster.regions) == 0
+
+
+@pytest.mark.asyncio
+async def test_region_whose_sharing_was_cancelled_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The peer has it, and nobody has heard of that."""
+    async with on_one_host(tmp_path) as (node, client):
+        (session,) = node.server.sessions.values()
+        memory = link_of(client).memory
+        assert isinstance(memory, SharedMemory)
+        ask, answered = memory._ask, asyncio.Event()
+
+        async def unheard(type: FrameType, message: Message) -> Message:
+            reply = await ask(type, message)
+            if type is FrameType.SHARE:
+                answered.set()
+                await asyncio.sleep(3600)
+            return reply
+
+        monkeypatch.setattr(memory, "_ask", unheard)
+        allocating = asyncio.ensure_future(client.allocate(4096))
+        await answered.wait()
+        assert len(session.memory.shared) == 1
+        allocating.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await allocating
+        assert len(client.cluster.regions) == 0
+        await until(lambda: len(session.memory.shared) == 0, "it was taken back")
+
+
+# --- handed over to a peer that comes up, or goes -------------------------------------------
+
+
+class SlowMemory(LinkMemory):
+    """A peer that takes regions when a test says so."""
+
+    transport = "shm"
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, regions: Regions) -> None:
+        super().__init__(loop, regions)
+        self.known: set[int] = set()
+        self.gate = asyncio.Event()
+        self.asked: list[int] = []
+
+    def knows(self, region: Region) -> bool:
+        return region.number in self.known
+
+    def region(self, region: Region) -> object:  # type: ignore[override]
+        raise NotImplementedError
+
+    async def add(self, region: Region) -> None:
+        self.asked.append(region.number)
+        if len(self.asked) > 1:
+            await self.gate.wait()
+        self.known.add(region.number)
+
+    async def remove(self, region: Region) -> None:
+        self.known.discard(region.number)
+
+    def close(self) -> None:
+        self.settled.set_result(None)
+
+
+@pytest.mark.asyncio
+async def test_region_that_is_freed_while_another_is_handed_over() -> None:
+    """The link is not up yet, so that nobody takes the first one back from its peer."""
+    loop, regions = asyncio.get_running_loop(), Regions()
+    first, second = regions.allocate(4096), regions.allocate(4096)
+    memory = SlowMemory(loop, regions)
+    sharing = loop.create_task(Agreement(loop, "auto", regions).share_all(memory, "peer"))
+    await turns()
+    assert len(memory.known) == 1
+    gone = first if memory.knows(first) else second
+    regions.remove(gone)  # what `free_region` does while the link has no memory
+    memory.gate.set()
+    await sharing
+    assert not memory.knows(gone)
+    for region in regions.all():
+        regions.remove(region)
+    memory.close()
+
+
+@pytest.mark.asyncio
+async def test_descriptors_of_regions_that_wait_when_the_link_goes_down(tmp_path: Path) -> None:
+    """Eight are handed over at a time; the others find a closed socket."""
+    async with on_one_host(tmp_path) as (_, client):
+        link = link_of(client)
+        await until(lambda: link.memory is not None, "shm")
+        memory = link.memory
+        assert isinstance(memory, SharedMemory)
+        regions = [client.cluster.regions.allocate(4096) for _ in range(40)]
+        before = len(descriptors("self"))
+        link._task.cancel()  # it is not to come up again
+        await turns()
+        adding = [asyncio.ensure_future(memory.add(region)) for region in regions]
+        await asyncio.sleep(0)
+        cut(client)
+        for result in await asyncio.gather(*adding, return_exceptions=True):
+            assert isinstance(result, KVStoreError), result
+        await asyncio.wait_for(asyncio.shield(memory.settled), 20)
+        # Three connections are closed at either end, and what waited was closed with them.
+        await until(lambda: len(descriptors("self")) == before - 6, "nothing is left")
+
+
+# --- many in one request --------------------------------------------------------------------
 
 
 @pytest.mark.asyncio
 @pytest.mark.slow
-async def test_client_gives_up_its_end_of_a_rail_that_lost_something(system: FakeVerbs) -> None:
-    """And of no other: the link stays up, and goes on with what is left."""
-    async with served((BLOCK,)) as (node, client, namespace):
-        await put_blocks(client, namespace, KEYS)
-        region = await client.allocate(SIZE)
-        node.gate.chunk_bytes = BLOCK
-        system.hold()
-        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-        await until(lambda: system.waiting() >= COUNT, "it is under way on both rails")
-        end = active_end(node)
-        lost = end.queues[1]
-        end.fail(lost, TransportError("the peer does not answer"))
-        system.release()
+async def test_block_whose_layers_lie_in_a_region_each(system: FakeVerbs) -> None:
+    """A buffer a layer, as engines have them, and more layers than are usual."""
+    size, count = 256, 128
+    async with served((size,) * count) as (_, client, namespace):
+        regions = [await client.allocate(size) for _ in range(count)]
+        memory = [[region.view for region in regions]]
+        block = content(KEYS[0], count * size)
+        for number, region in enumerate(regions):
+            region.view[:] = block[number * size : (number + 1) * size]
+        put = client.put(namespace, KEYS[:1], memory)
+        assert (await put).outcomes == [PutOutcome.STORED]
+        await put.quiesced()
+        for region in regions:
+            region.view[:] = bytes(size)
+        handle = client.fetch(namespace, KEYS[:1], memory)
         result = await handle
         await handle.quiesced()
-        assert set(result.outcomes) == {FetchOutcome.HIT, FetchOutcome.UNAVAILABLE}
-        assert [queue.place for queue in passive_end(client).queues] == [1 - lost.place]
-        assert link_of(client).up
-        assert (await fetch_into(client, namespace, KEYS, region)).ok
-        assert not client.counters().get("reconnects")
+        assert (result.ok, ways(result)) == (True, {("direct", "rdma")}), result.errors
+        assert b"".join(region.view for region in regions) == block
+        del memory, put, handle
 
 
 @pytest.mark.asyncio
 @pytest.mark.slow
-async def test_memory_stays_in_use_where_a_rail_cannot_be_given_up(
-    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch
+async def test_request_of_long_keys_and_many_regions_fits_its_frame(
+    system: FakeVerbs, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with served((BLOCK,)) as (node, client, namespace):
-        await put_blocks(client, namespace, KEYS)
-        region = await client.allocate(SIZE)
-        node.gate.chunk_bytes = BLOCK
-        system.hold()
-        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-        await until(lambda: system.waiting() >= COUNT, "it is under way on both rails")
-        mine = passive_end(client)
-
-        def refuse() -> None:
-            raise VerbsError("the system refuses it")
-
-        with monkeypatch.context() as patch:
-            for queue in mine.queues:
-                patch.setattr(queue.pair, "flush", refuse)
-                patch.setattr(queue.pair, "close", refuse)
-            end = active_end(node)
-            end.fail(end.queues[1], TransportError("the peer does not answer"))
-            system.release()
-            await until(lambda: mine.stuck, "its end was to be given up")
-            await turns()
-            assert not handle.quiet.done()
-            assert region.users == 1
-        handle.cancel()
-
-
-@pytest.mark.asyncio
-@pytest.mark.slow
-async def test_news_that_never_come_end_the_session(
-    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They were in a device that is broken: nobody else can know that they are missing."""
-    monkeypatch.setattr(agreement_module, "NEWS_LOOK_S", 0.01)
-    monkeypatch.setattr(RdmaNode, "take_news", lambda self, queue: None)
-    async with served((BLOCK,)) as (node, client, namespace):
-        await put_blocks(client, namespace, KEYS)
-        region = await client.allocate(SIZE)
-        node.gate.chunk_bytes = BLOCK
-        system.hold()
-        handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-        await until(lambda: system.waiting() >= COUNT, "it is under way on both rails")
-        system.release()
-        # In this turn of the loop: neither side has looked at its completions.
-        system.wait(lambda: system.waiting() == 0, "all packets")
-        end = passive_end(client)
-        end.fail(end.queues[1], TransportError("the device is broken"))
+    """Names of regions are more than the kilobyte that is set aside for all but the keys."""
+    count, layer_count = 600, 200
+    async with served((64,) * layer_count, arena_bytes=16 * MIB) as (_, client, namespace):
+        regions = [await client.allocate(64 * count * 4) for _ in range(60)]
+        memory = [
+            [
+                regions[layer % 60].view[at : at + 64]
+                for layer in range(layer_count)
+                for at in (64 * (index * 4 + layer // 60),)
+            ]
+            for index in range(count)
+        ]
+        names = [os.urandom(64) for _ in range(count)]
+        handle = client.fetch(namespace, names, memory, chain=False, deadline_s=5)
         result = await handle
         await handle.quiesced()
-        assert FetchOutcome.UNAVAILABLE in result.outcomes
-        assert "news of what it has written are missing" in str(result.errors)
-        await reconnected(client)
-        await up_again(client, namespace)
-        assert (await fetch_into(client, namespace, KEYS, region)).ok
+        assert set(result.outcomes) == {FetchOutcome.MISS}, (set(result.outcomes), result.errors)
+        assert [region.users for region in regions] == [0] * len(regions)
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        del memory
 
 
-@pytest.mark.asyncio
-@pytest.mark.slow
-async def test_rail_that_only_the_client_cannot_connect_is_left_out_by_auto_too(
-    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The stream is not used for it: there is another rail."""
-    real = RdmaNode.connect
-
-    def connect(self: RdmaNode, queue: RdmaQueue, *rest: object) -> None:
-        if queue.place == 1 and not queue.end.active:
-            raise VerbsError("no route to the peer")
-        real(self, queue, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(RdmaNode, "connect", connect)
-    async with served((BLOCK,), transport="auto") as (_, client, namespace):
-        await up_again(client, namespace)
-        assert [queue.place for queue in passive_end(client).queues] == [0]
-        await put_blocks(client, namespace, KEYS)
-
-
-# --- regions --------------------------------------------------------------------------------
+# --- given back -----------------------------------------------------------------------------
 
 
 def test_region_is_taken_from_all_devices_even_if_one_does_not_let_go() -> None:
@@ -185,6 +270,27 @@ def test_region_is_taken_from_all_devices_even_if_one_does_not_let_go() -> None:
 
 
 @pytest.mark.asyncio
+async def test_client_is_closed_though_memory_cannot_be_taken_from_a_device(
+    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One registration cannot be closed; rails and the others are nevertheless."""
+    async with served((4096,)) as (_, client, _):
+        region = await client.allocate(4096)
+        await client.allocate(4096)
+        ((node, registration),) = region.registrations.items()
+        (taken, _) = registration._regions
+        assert taken is not None
+
+        def refuse() -> None:
+            raise VerbsError("the system refuses it")
+
+        monkeypatch.setattr(taken, "close", refuse)
+        with pytest.raises(VerbsError, match="the system refuses it"):
+            await client.close()
+        assert node.closed, "its rails stay open"
+
+
+@pytest.mark.asyncio
 async def test_memory_is_unmapped_beside_the_loop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,10 +302,7 @@ async def test_memory_is_unmapped_beside_the_loop(
         threads.append(threading.get_ident())
         real(self)
 
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node], transport="shm") as client,
-    ):
+    async with on_one_host(tmp_path) as (_, client):
         regions = [await client.allocate(4096) for _ in range(3)]
         monkeypatch.setattr(Kernel, "close", close)
         await client.free(regions[0])
@@ -208,109 +311,3 @@ async def test_memory_is_unmapped_beside_the_loop(
         assert len(threads) == 3
         monkeypatch.undo()
     assert threading.get_ident() not in threads
-
-
-@pytest.mark.asyncio
-async def test_region_whose_allocate_was_cancelled_while_it_was_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread makes it, and nobody waits for that any more."""
-    making, go_on, gone = threading.Event(), threading.Event(), threading.Event()
-    real_touch, real_close = Kernel.touch, Kernel.close
-
-    def touch(self: Kernel) -> None:
-        making.set()
-        go_on.wait()
-        real_touch(self)
-
-    def close(self: Kernel) -> None:
-        real_close(self)
-        gone.set()
-
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node], transport="shm") as client,
-    ):
-        monkeypatch.setattr(Kernel, "touch", touch)
-        monkeypatch.setattr(Kernel, "close", close)
-        allocating = asyncio.ensure_future(client.allocate(4096))
-        await until(making.is_set, "it is being made")
-        allocating.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await allocating
-        go_on.set()
-        await until(gone.is_set, "it is unmapped")
-        assert len(client.cluster.regions) == 0
-        (session,) = node.server.sessions.values()
-        assert len(session.memory.shared) == 0
-
-
-@pytest.mark.asyncio
-async def test_region_whose_sharing_was_cancelled_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The peer has it, and nobody has heard of that."""
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node], transport="shm") as client,
-    ):
-        (session,) = node.server.sessions.values()
-        memory = link_of(client).memory
-        assert isinstance(memory, SharedMemory)
-        ask, answered = memory._ask, asyncio.Event()
-
-        async def unheard(type: FrameType, message: Message) -> Message:
-            reply = await ask(type, message)
-            if type is FrameType.SHARE:
-                answered.set()
-                await asyncio.sleep(3600)
-            return reply
-
-        monkeypatch.setattr(memory, "_ask", unheard)
-        allocating = asyncio.ensure_future(client.allocate(4096))
-        await answered.wait()
-        assert len(session.memory.shared) == 1
-        allocating.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await allocating
-        assert len(client.cluster.regions) == 0
-        await until(lambda: len(session.memory.shared) == 0, "it was taken back")
-
-
-@pytest.mark.asyncio
-async def test_only_shared_memory_means_that_no_socket_carries_anything(tmp_path: Path) -> None:
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node], transport="shm") as client,
-    ):
-        namespace = await open_pool(client)
-        mine = await client.register(bytearray(BLOCK_BYTES))
-        for memory, reason in (
-            (bytearray(BLOCK_BYTES), "lie in no region: get memory by allocate, or register it"),
-            (mine.view, "memory that was registered cannot be handed to another process"),
-        ):
-            for begin in (client.put, client.fetch):
-                handle = begin(namespace, KEYS[:1], [memory])
-                result = await handle
-                await handle.quiesced()
-                assert [outcome.name for outcome in result.outcomes] == ["UNAVAILABLE"]
-                (error,) = result.errors
-                assert isinstance(error, LocalProtocolError)
-                assert "transport=shm" in str(error)
-                assert reason in str(error)
-        assert mine.users == 0
-
-
-@pytest.mark.asyncio
-async def test_link_that_comes_up_again_is_another_session(tmp_path: Path) -> None:
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node]) as client,
-    ):
-        (before,) = node.server.sessions
-        link_of(client)._take_down(TransportError("cut by the test"))
-        await reconnected(client)
-        await until(lambda: len(node.server.sessions) == 1, "the old one is gone")
-        (after,) = node.server.sessions
-        assert after != before
-        assert len(node.server.sessions[after].connections) == 3

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.endpoint import Endpoint, parse_endpoint
-from kvstore.errors import ConfigError, LocalProtocolError, TransportError
+from kvstore.errors import ConfigError, LocalProtocolError
 from kvstore.memorymessages import REGIONS_SHARED_MAX
 from kvstore.messages import FetchOutcome, PutOutcome, Role, Welcome
 from kvstore.serving import Server, ServerOptions
@@ -42,25 +42,25 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.engine import content, layout
+from tests.support.links import cut, link_of, on_one_host
 from tests.support.loops import LOOPS, run_on, turns
-from tests.support.memorypeer import descriptors, mappings
+from tests.support.memorypeer import descriptors
 from tests.support.peers import Talk, scripted
 from tests.support.processes import daemon
+from tests.support.regions import mapped
 
 HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
 STORED, EXISTS = PutOutcome.STORED, PutOutcome.EXISTS
 COUNT = 8
 KEYS = chain(COUNT)
 SIZE = COUNT * BLOCK_BYTES
-NAME = "kvstore-region"
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_mapped() -> Iterator[None]:
     """Neither the clients nor the daemons of a test keep memory."""
     yield
-    gc.collect()
-    assert not mappings("self", NAME)
+    assert not mapped()
 
 
 @asynccontextmanager
@@ -68,14 +68,11 @@ async def node_and_client(
     tmp_path: Path, transport: str = "shm"
 ) -> AsyncIterator[tuple[Node, AsyncClient, Namespace]]:
     """A daemon, and a client on its host."""
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB) as (node,),
-        connected([node], transport=transport) as client,
-    ):
+    async with on_one_host(tmp_path, transport) as (node, client):
         yield node, client, await open_pool(client)
 
 
-def cut(region: Region, size: int = BLOCK_BYTES, gap: int = 0) -> list[memoryview]:
+def slices(region: Region, size: int = BLOCK_BYTES, gap: int = 0) -> list[memoryview]:
     """Blocks in a region, the last one first, so that their order says nothing."""
     view, step = region.view, size + gap
     return [view[at : at + size] for at in range(0, len(view) - step + 1, step)][::-1]
@@ -108,7 +105,7 @@ def test_blocks_go_and_come_without_a_socket(tmp_path: Path, loop: str) -> None:
     async def main() -> None:
         async with node_and_client(tmp_path) as (node, client, namespace):
             region = await client.allocate(SIZE)
-            blocks = cut(region)
+            blocks = slices(region)
             for name, block in zip(KEYS, blocks, strict=True):
                 block[:] = content(name, BLOCK_BYTES)
             handle = client.put(namespace, KEYS, blocks)
@@ -147,7 +144,7 @@ async def test_layers_come_where_they_belong(
         offsets = namespace.geometry.offsets
         span = offsets[last] - offsets[first]
         region = await client.allocate(COUNT * (span + 7))
-        blocks = cut(region, span, gap=7)
+        blocks = slices(region, span, gap=7)
         into: list[object] = list(blocks)
         if layered:
             bounds = [at - offsets[first] for at in offsets[first : last + 1]]
@@ -161,8 +158,8 @@ async def test_layers_come_where_they_belong(
         assert ways(result) == {"shm"}
         for name, block in zip(KEYS, blocks, strict=True):
             assert bytes(block) == content(name, BLOCK_BYTES)[offsets[first] : offsets[last]]
-        gaps = [bytes(region.view[at + span : at + span + 7]) for at in range(0, SIZE, span + 7)]
-        assert set(gaps) <= {bytes(7), b""}
+        for at in range(span, region.size_bytes, span + 7):
+            assert region.view[at : at + 7] == bytes(7), "written beside a block"
         del handle, into
 
 
@@ -202,7 +199,7 @@ async def test_what_is_not_stored_is_a_miss_and_its_memory_stays(tmp_path: Path)
         await store_blocks(client, namespace, KEYS[::2], chain=False)
         region = await client.allocate(SIZE)
         region.view[:] = b"x" * SIZE
-        blocks = cut(region)
+        blocks = slices(region)
         result = await fetch_into(client, namespace, KEYS, blocks, chain=False)
         assert result.outcomes == [HIT, MISS] * (COUNT // 2)
         check_hits(result, KEYS, blocks)
@@ -217,7 +214,7 @@ async def test_corrupt_block_is_found_and_dropped(tmp_path: Path, order: str) ->
         await store_blocks(client, namespace, KEYS)
         node.damage(namespace, KEYS[3])
         region = await client.allocate(SIZE)
-        blocks = cut(region)
+        blocks = slices(region)
         result = await fetch_into(client, namespace, KEYS, blocks, order=order)
         expected = [CORRUPT if name == KEYS[3] else HIT for name in KEYS]
         assert result.outcomes == expected
@@ -245,11 +242,7 @@ async def test_blocks_that_are_there_are_not_taken_again(tmp_path: Path) -> None
 
 @pytest.mark.asyncio
 async def test_put_that_is_larger_than_what_may_be_under_way(tmp_path: Path) -> None:
-    options = {"in_flight_bytes_max": 3 * BLOCK_BYTES}
-    async with (
-        serve(listen=f"unix://{tmp_path}/s", arena_bytes=4 * MIB, **options) as (node,),
-        connected([node], transport="shm") as client,
-    ):
+    async with on_one_host(tmp_path, in_flight_bytes_max=3 * BLOCK_BYTES) as (_, client):
         namespace = await open_pool(client)
         names = chain(200)
         region = await client.allocate(200 * BLOCK_BYTES)
@@ -270,7 +263,7 @@ async def test_memory_that_lies_in_no_region_goes_through_the_socket(tmp_path: P
     async with node_and_client(tmp_path, "auto") as (_, client, namespace):
         await store_blocks(client, namespace, KEYS)
         region = await client.allocate(SIZE)
-        mixed: list[object] = [*cut(region)[1:], bytearray(BLOCK_BYTES)]
+        mixed: list[object] = [*slices(region)[1:], bytearray(BLOCK_BYTES)]
         for into in (mixed, bytearray(SIZE)):
             result = await fetch_into(client, namespace, KEYS, into)
             assert result.ok
@@ -282,6 +275,26 @@ async def test_memory_that_lies_in_no_region_goes_through_the_socket(tmp_path: P
         assert ways(result) == {"unix"}  # another process cannot map it
         await client.free(registered)
         assert own == b"".join(contents(KEYS))
+
+
+@pytest.mark.asyncio
+async def test_only_shared_memory_means_that_no_socket_carries_anything(tmp_path: Path) -> None:
+    async with node_and_client(tmp_path) as (_, client, namespace):
+        mine = await client.register(bytearray(BLOCK_BYTES))
+        for memory, reason in (
+            (bytearray(BLOCK_BYTES), "lie in no region: get memory by allocate, or register it"),
+            (mine.view, "memory that was registered cannot be handed to another process"),
+        ):
+            for begin in (client.put, client.fetch):
+                handle = begin(namespace, KEYS[:1], [memory])
+                result = await handle
+                await handle.quiesced()
+                assert [outcome.name for outcome in result.outcomes] == ["UNAVAILABLE"]
+                (error,) = result.errors
+                assert isinstance(error, LocalProtocolError)
+                assert "transport=shm" in str(error)
+                assert reason in str(error)
+        assert mine.users == 0
 
 
 # --- which way ------------------------------------------------------------------------------
@@ -344,7 +357,7 @@ async def test_what_is_not_offered_is_not_used(tmp_path: Path, near: bool, trans
         on_both(tmp_path) as (_, tcp, unix),
         connected(unix if near else tcp, transport=transport) as client,
     ):
-        (link,) = client.cluster._links
+        link = link_of(client)
         assert not link.up
         assert "nothing else is to be used" in str(link.last_error)
 
@@ -389,7 +402,7 @@ async def test_socket_of_another_server_is_not_taken_for_the_daemons(tmp_path: P
         server.local = other.uri
         async with connected(tcp) as client:
             assert list(await client.status()) == [tcp]
-            (link,) = client.cluster._links
+            link = link_of(client)
             assert (link.peer, link.transport) == ("both", "tcp")
         await other.left_alone()
 
@@ -437,7 +450,7 @@ async def test_regions_are_handed_over_when_the_daemon_comes(tmp_path: Path) -> 
     async with connected(node.uri, transport="shm") as client:
         region = await client.allocate(SIZE)
         await node.start()
-        (link,) = client.cluster._links
+        link = link_of(client)
         await until(lambda: link.up)
         namespace = await open_pool(client)
         await store_blocks(client, namespace, KEYS)
@@ -539,10 +552,10 @@ async def test_region_that_is_freed_while_a_link_comes_up_is_taken_back(
             await add(way, region)
             await turns()
 
-        (link,) = client.cluster._links
+        link = link_of(client)
         with monkeypatch.context() as patched:
             patched.setattr(SharedMemory, "add", slow)
-            link._take_down(TransportError("cut by the test"))
+            cut(client)
             await until(lambda: link.up)
         await asyncio.gather(*freeing)
         await until(lambda: len(node.server.sessions) == 1)
@@ -557,7 +570,7 @@ async def test_slices_of_a_freed_region_stay_readable(tmp_path: Path) -> None:
     async with node_and_client(tmp_path) as (_, client, namespace):
         await store_blocks(client, namespace, KEYS)
         region = await client.allocate(SIZE)
-        blocks = cut(region)
+        blocks = slices(region)
         assert (await fetch_into(client, namespace, KEYS, blocks)).ok
         await client.free(region)
         assert bytes(blocks[0]) == content(KEYS[0], BLOCK_BYTES)

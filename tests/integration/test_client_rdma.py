@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from kvstore.transport.verbs import Verbs
@@ -16,8 +13,6 @@ class TestFake(ClientTests):
     """The suite."""
 
     @pytest.fixture
-    def verbs(self, tmp_path: Path) -> Iterator[Verbs]:
-        """An own network."""
-        made = FakeVerbs(tmp_path)
-        yield made
-        made.close()
+    def verbs(self, fake: FakeVerbs) -> Verbs:
+        """Imitated."""
+        return fake

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
+from kvstore import views as views_module
 from kvstore.buffers import Region
+from kvstore.checksum import layer_checksums
 from kvstore.endpoint import parse_endpoint
 from kvstore.errors import KVStoreError, PermissionDenied, Unsupported
 from kvstore.messages import FetchOutcome
@@ -235,26 +238,66 @@ async def test_over_tcp_there_are_none() -> None:
         assert isinstance(views.errors[0], KVStoreError)
 
 
+@asynccontextmanager
+async def agent_of(one: Host) -> AsyncIterator[tuple[Agent, AsyncClient]]:
+    """An agent of one pool before a daemon, and a client of it; views may keep half of its
+    memory, and what a fetch has under way a quarter."""
+    options = AgentOptions(
+        storage=(one.uris[1],),
+        node_id="agent",
+        listen=(),
+        local=f"unix://@views-agent-{id(one)}",
+        memory_bytes=MIB,
+        pool=POOL,
+        transport="tcp",
+    )
+    async with Agent(options) as agent, AsyncClient(options.local) as client:
+        yield agent, client
+
+
 @pytest.mark.asyncio
 async def test_an_agent_of_one_pool_gives_views_of_what_it_loads() -> None:
-    async with host() as one:
-        options = AgentOptions(
-            storage=(one.uris[1],),
-            node_id="agent",
-            listen=(),
-            local=f"unix://@views-agent-{id(one)}",
-            memory_bytes=MIB,
-            pool=POOL,
-            transport="tcp",
-        )
-        async with Agent(options) as agent, AsyncClient(options.local) as client:
-            namespace = await store(client, KEYS[:4])
-            views = await client.view(namespace, KEYS[:6])
-            assert views.outcomes == [HIT] * 4 + [MISS] * 2
-            assert read(views)[:4] == [content(wanted, BLOCK_BYTES) for wanted in KEYS[:4]]
-            assert agent.source.pool.pinned_count == 4
-            assert await views.release() is True
-            assert agent.source.pool.pinned_count == 0
+    async with host() as one, agent_of(one) as (agent, client):
+        namespace = await store(client, KEYS[:4])
+        views = await client.view(namespace, KEYS[:6])
+        assert views.outcomes == [HIT] * 4 + [MISS] * 2
+        assert read(views)[:4] == [content(wanted, BLOCK_BYTES) for wanted in KEYS[:4]]
+        assert agent.source.pool.pinned_count == 4
+        assert await views.release() is True
+        assert agent.source.pool.pinned_count == 0
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [60, 100])
+async def test_an_agent_gives_views_of_more_than_a_fetch_has_under_way(count: int) -> None:
+    """What a view keeps is not under way: its window must not wait for the lease to end."""
+    names = [key(number) for number in range(count)]
+    async with host(2 * MIB) as one, agent_of(one) as (_, client):
+        namespace = await store(client, names)
+        found = await client.view(namespace, names, deadline_s=1.0)
+        held = await found.release()
+        assert (found.hit_count, found.errors) == (count, [])
+        assert held
+
+
+@pytest.mark.asyncio
+async def test_views_leave_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are verified beside the loop, which goes on to answer."""
+    threads: set[int] = set()
+
+    def checksums(*given: Any) -> bytes:
+        threads.add(threading.get_ident())
+        return layer_checksums(*given)
+
+    monkeypatch.setattr(views_module, "layer_checksums", checksums)
+    async with host() as one, AsyncClient(one.uris[0]) as client:
+        namespace = await store(client)
+        found = await client.view(namespace, KEYS)
+        assert found.hit_count == len(KEYS)
+        assert await found.release()
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 @pytest.mark.asyncio

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,6 @@ PATIENCE_S = 20.0
 # The arena has room for the block and its like.
 ARENA_BYTES = 4 * 1024 * 1024
 MOVED = ("transport", "rails", "block_bytes", "put_ms", "fetch_ms")
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVerbs]:
-    """Two devices, in place of the system's."""
-    (tmp_path / "verbs").mkdir()
-    made = FakeVerbs(tmp_path / "verbs")
-    monkeypatch.setattr(verbs, "system_verbs", lambda: made)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -132,7 +121,7 @@ async def test_memory_is_not_shared_with_another_user(none: None, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.asyncio
-async def test_a_block_goes_by_rdma_on_all_rails(fake: FakeVerbs) -> None:
+async def test_a_block_goes_by_rdma_on_all_rails(system: FakeVerbs) -> None:
     async with serve(arena_bytes=ARENA_BYTES, listen="rdma://127.0.0.1:0") as (node,):
         ended, checks = await run(node.uri)
         assert ended == 0, checks
@@ -152,7 +141,7 @@ async def test_a_block_goes_by_rdma_on_all_rails(fake: FakeVerbs) -> None:
 @pytest.mark.slow
 @pytest.mark.asyncio
 async def test_rails_that_do_not_meet_fail_and_the_remedy_names_their_order(
-    fake: FakeVerbs,
+    system: FakeVerbs,
 ) -> None:
     async with serve(arena_bytes=ARENA_BYTES, listen="rdma://127.0.0.1:0") as (node,):
         ended, checks = await run(f"{node.uri}?device=fake1", transport=("rdma",))
@@ -162,7 +151,7 @@ async def test_rails_that_do_not_meet_fail_and_the_remedy_names_their_order(
 
 
 @pytest.mark.asyncio
-async def test_a_gid_that_is_not_there_is_told_and_no_block_is_sent(fake: FakeVerbs) -> None:
+async def test_a_gid_that_is_not_there_is_told_and_no_block_is_sent(system: FakeVerbs) -> None:
     async with serve(arena_bytes=ARENA_BYTES, listen="rdma://127.0.0.1:0") as (node,):
         ended, checks = await run(f"{node.uri}?gid_index=9", transport=("rdma",))
         assert ended == 1
@@ -172,8 +161,8 @@ async def test_a_gid_that_is_not_there_is_told_and_no_block_is_sent(fake: FakeVe
 
 
 @pytest.mark.asyncio
-async def test_a_port_that_is_down_is_told_and_the_other_one_carries(fake: FakeVerbs) -> None:
-    fake.take_down("fake1")
+async def test_a_port_that_is_down_is_told_and_the_other_one_carries(system: FakeVerbs) -> None:
+    system.take_down("fake1")
     async with serve(arena_bytes=ARENA_BYTES, listen="rdma://127.0.0.1:0") as (node,):
         ended, checks = await run(node.uri)
         assert ended == 0, checks
@@ -182,7 +171,7 @@ async def test_a_port_that_is_down_is_told_and_the_other_one_carries(fake: FakeV
 
 
 @pytest.mark.asyncio
-async def test_rdma_is_missed_where_the_uri_asks_for_it(fake: FakeVerbs) -> None:
+async def test_rdma_is_missed_where_the_uri_asks_for_it(system: FakeVerbs) -> None:
     async with serve(arena_bytes=ARENA_BYTES) as (node,):
         ended, checks = await run(node.uri.replace("tcp://", "rdma://"))
         assert ended == 1
@@ -196,7 +185,7 @@ async def test_rdma_is_missed_where_the_uri_asks_for_it(fake: FakeVerbs) -> None
 
 @pytest.mark.asyncio
 async def test_rdma_that_is_offered_to_a_host_without_devices_is_no_failure(
-    fake: FakeVerbs, request: pytest.FixtureRequest
+    system: FakeVerbs, request: pytest.FixtureRequest
 ) -> None:
     async with serve(arena_bytes=ARENA_BYTES, listen="rdma://127.0.0.1:0") as (node,):
         request.getfixturevalue("none")

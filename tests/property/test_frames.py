@@ -10,7 +10,7 @@ import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from kvstore.errors import KVStoreError, TransportError
+from kvstore.errors import KVStoreError
 from kvstore.messages import (
     Cancel,
     Data,
@@ -23,8 +23,11 @@ from kvstore.messages import (
 )
 from kvstore.protocol import ClientProtocol, ServerProtocol
 from kvstore.wire import FrameType, encode_header
-from tests.support.engine import key
 from tests.support.frames import (
+    BLOCK,
+    KEYS,
+    LAYERS,
+    LOST,
     MIB,
     FetchCall,
     Hooks,
@@ -38,11 +41,6 @@ from tests.support.frames import (
     welcomed_client,
 )
 from tests.support.samples import FROM_CLIENT, FROM_SERVER
-
-LAYERS = (40, 24, 100)
-BLOCK = sum(LAYERS)
-KEYS = [key(number) for number in range(6)]
-LOST = TransportError("the wire broke")
 
 # More than usual, since most of what is drawn ends early.
 MANY = settings(

@@ -16,8 +16,7 @@ from kvstore.messages import FetchOutcome, PutOutcome, ServedBy
 from kvstore.transport import verbs as verbs_module
 from kvstore.transport.rdma_queue import SENDS_MAX
 from kvstore.transport.verbs import NoDevice, Verbs, VerbsForbidden, VerbsMissing
-from kvstore_client import Client
-from tests.support.agents import run_agents
+from kvstore_client import AsyncClient, Client, FetchResult, Namespace, Region
 from tests.support.bothways import counters_of, relay_next
 from tests.support.cluster import (
     BLOCK_BYTES,
@@ -33,20 +32,20 @@ from tests.support.cluster import (
     until,
 )
 from tests.support.engine import content, layout
+from tests.support.links import cut, link_of, reconnected, up_again
 from tests.support.rdmaprocesses import rdma_agent, rdma_daemon
 from tests.support.rdmaserved import (
     LISTEN,
     active_end,
+    client_of_both,
     fetch_into,
-    link_of,
     passive_end,
-    port_down,
     put_blocks,
-    reconnected,
+    relayed,
     served,
-    up_again,
     ways,
 )
+from tests.support.verbsdevices import port_down
 
 HIT, CORRUPT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.CORRUPT, FetchOutcome.UNAVAILABLE
 COUNT = 8
@@ -150,22 +149,10 @@ class ClientTests:
 
     @pytest.mark.asyncio
     async def test_both_hops_of_a_relay(self, verbs: Verbs) -> None:
-        async with (
-            serve(listen=LISTEN, arena_bytes=4 * MIB) as (node,),
-            run_agents([node], listen=(LISTEN,), transport="rdma", policy="direct") as (agent,),
-            connected(
-                [node], relays=[agent.uri], policy="round_robin", transport="rdma", deadline_s=60
-            ) as client,
-        ):
-            namespace = await open_pool(client)
+        async with relayed() as (_, agent, client, namespace):
             await put_blocks(client, namespace, KEYS)
-            (to_relay,) = client.cluster.relays.links
-            await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
             region = await client.allocate(SIZE)
-            await relay_next(client)
-            result = await fetch_into(client, namespace, KEYS, region)
-            assert result.ok, (result.outcomes, result.errors)
-            assert ways(result) == RELAY
+            result = await _fetch_by_relay(client, namespace, region)
             assert result.served_by == [ServedBy.RELAY] * COUNT
             # From storage to the relay, too: nothing else has moved there.
             counters = agent.agent.cluster.counters
@@ -182,22 +169,9 @@ class ClientTests:
             rdma_daemon(verbs) as kvstored,
             rdma_agent(verbs, "--storage", kvstored.uri, *options) as kvagent,
         ):
-            async with connected(
-                kvstored.uri,
-                relays=[kvagent.uri],
-                policy="round_robin",
-                transport="rdma",
-                deadline_s=60,
-            ) as client:
-                namespace = await open_pool(client)
+            async with client_of_both(kvstored.uri, kvagent.uri) as (client, namespace):
                 await put_blocks(client, namespace, KEYS)
-                (to_relay,) = client.cluster.relays.links
-                await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
-                region = await client.allocate(SIZE)
-                await relay_next(client)
-                result = await fetch_into(client, namespace, KEYS, region)
-                assert result.ok, (result.outcomes, result.errors)
-                assert ways(result) == RELAY
+                await _fetch_by_relay(client, namespace, await client.allocate(SIZE))
             for uri in (kvstored.uri, kvagent.uri):
                 moved = {
                     name: count
@@ -403,11 +377,11 @@ class ClientTests:
             with port_down(verbs, lost):
                 await until(lambda: len(active_end(node).queues) == 1, "it was noticed")
                 assert (await fetch_into(client, namespace, KEYS, region)).ok
-                link_of(client)._take_down(ConnectionError("cut by the test"))
+                cut(client)
                 await up_again(client, namespace)
                 assert len(passive_end(client).queues) == 1
                 assert (await fetch_into(client, namespace, KEYS, region)).ok
-            link_of(client)._take_down(ConnectionError("cut by the test"))
+            cut(client)
             await up_again(client, namespace)
             assert len(passive_end(client).queues) == 2
             assert (await fetch_into(client, namespace, KEYS, region)).ok
@@ -468,6 +442,15 @@ class ClientTests:
                     region = await second.allocate(SIZE)
                     result = await fetch_into(second, namespace, KEYS, region)
                     assert ways(result) == DIRECT
+
+
+async def _fetch_by_relay(client: AsyncClient, namespace: Namespace, region: Region) -> FetchResult:
+    """Fetch all blocks by the relay, which must bring them by RDMA."""
+    await relay_next(client)
+    result = await fetch_into(client, namespace, KEYS, region)
+    assert result.ok, (result.outcomes, result.errors)
+    assert ways(result) == RELAY
+    return result
 
 
 def _without_devices(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

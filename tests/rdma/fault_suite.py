@@ -8,6 +8,7 @@ the stain has stayed.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import signal
 import threading
@@ -27,6 +28,7 @@ from kvstore.transport.verbs import Verbs
 from kvstore_client import AsyncClient, AsyncFetchHandle, FetchResult, Namespace, Region
 from tests.support.cluster import Node, chain, connected, open_pool, until
 from tests.support.engine import content
+from tests.support.links import cut, link_of, up_again
 from tests.support.memorypeer import descriptors
 from tests.support.processes import Daemon
 from tests.support.rdmaprocesses import doomed, rdma_daemon
@@ -34,20 +36,14 @@ from tests.support.rdmaserved import (
     active_end,
     at_work,
     fetch_into,
-    link_of,
     passive_end,
-    port_down,
     put_blocks,
-    queue_pair_count,
-    removed,
     served,
-    slow_down,
-    stain,
-    stained,
     stop,
     trickle,
-    up_again,
 )
+from tests.support.regions import STAIN, stain, stained
+from tests.support.verbsdevices import port_down, queue_pair_count, removed, slow_down
 
 HIT, TIMEOUT, UNAVAILABLE = FetchOutcome.HIT, FetchOutcome.TIMEOUT, FetchOutcome.UNAVAILABLE
 KIB = 1024
@@ -74,7 +70,7 @@ async def under_way(region: Region) -> None:
 
 def stained_at(region: Region, at: int) -> bool:
     """Whether nobody has written at a place."""
-    return bytes(region.view[at : at + 64]) == b"\xa5" * 64
+    return bytes(region.view[at : at + 64]) == bytes([STAIN]) * 64
 
 
 def check_typed(result: FetchResult, region: Region) -> None:
@@ -86,6 +82,34 @@ def check_typed(result: FetchResult, region: Region) -> None:
         if outcome is HIT:
             block = region.view[number * BLOCK : (number + 1) * BLOCK]
             assert block == content(KEYS[number], BLOCK)
+
+
+async def trickling(
+    node: Node, client: AsyncClient, namespace: Namespace, region: Region
+) -> tuple[AsyncFetchHandle, asyncio.Task[None]]:
+    """A fetch of which the first bytes have come, and what brings it the next ones."""
+    stain(region)
+    flow = trickle(node)
+    handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
+    await under_way(region)
+    return handle, flow
+
+
+async def end_of(handle: AsyncFetchHandle, flow: asyncio.Task[None], node: Node) -> FetchResult:
+    """The result of such a fetch; from then on everything may go."""
+    result = await handle
+    await handle.quiesced()
+    await stop(flow, node)
+    return result
+
+
+async def check_other_rail(
+    node: Node, client: AsyncClient, namespace: Namespace, region: Region
+) -> None:
+    """One rail of two is left out, and the other one carries what comes next."""
+    await until(lambda: len(active_end(node).queues) == 1, "it is left out")
+    await idle(node)
+    assert (await fetch_into(client, namespace, KEYS, region)).ok
 
 
 def take_away(region: Region) -> None:
@@ -169,7 +193,7 @@ class ClientFaultTests:
             if end == "cancel":
                 handle.cancel()
             elif end == "cut":
-                link_of(client)._take_down(TransportError("cut by the test"))
+                cut(client)
             elif end == "killed":
                 await node.kill()
             result = await handle
@@ -203,7 +227,7 @@ class ClientFaultTests:
                 for connection in list(node.server.connections):
                     connection.connection.close(TransportError("cut by the test"))
             elif breaks == "client":
-                link_of(client)._take_down(TransportError("cut by the test"))
+                cut(client)
             else:
                 await node.kill()
             result = await handle
@@ -294,15 +318,10 @@ class ClientFaultTests:
     @pytest.mark.slow
     async def test_registration_that_goes_in_mid_transfer(self, verbs: Verbs) -> None:
         async with filled() as (node, client, namespace, region):
-            stain(region)
-            flow = trickle(node)
-            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-            await under_way(region)
+            handle, flow = await trickling(node, client, namespace, region)
             take_away(region)
             before = bytes(region.view)
-            result = await handle
-            await handle.quiesced()
-            await stop(flow, node)
+            result = await end_of(handle, flow, node)
             assert UNAVAILABLE in result.outcomes
             assert "may not be reached" in str(result.errors), result.errors
             assert bytes(region.view) == before
@@ -319,18 +338,10 @@ class ClientFaultTests:
         async with filled() as (node, client, namespace, region):
             if len(passive_end(client).queues) < 2:
                 pytest.skip("one device only")
-            stain(region)
-            flow = trickle(node)
-            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-            await under_way(region)
+            handle, flow = await trickling(node, client, namespace, region)
             with port_down(verbs, verbs.devices()[1].name):
-                result = await handle
-                await handle.quiesced()
-                await stop(flow, node)
-                check_typed(result, region)
-                await until(lambda: len(active_end(node).queues) == 1, "it is left out")
-                await idle(node)
-                assert (await fetch_into(client, namespace, KEYS, region)).ok
+                check_typed(await end_of(handle, flow, node), region)
+                await check_other_rail(node, client, namespace, region)
             assert link_of(client).up
 
     @pytest.mark.asyncio
@@ -342,18 +353,10 @@ class ClientFaultTests:
             node, client, namespace, region = await stack.enter_async_context(filled())
             if len(passive_end(client).queues) < 2:
                 pytest.skip("one device only")
-            stain(region)
-            flow = trickle(node)
-            handle = client.fetch(namespace, KEYS, region.view, deadline_s=600)
-            await under_way(region)
+            handle, flow = await trickling(node, client, namespace, region)
             with removed(verbs, verbs.devices()[1].name):
-                result = await handle
-                await handle.quiesced()
-                await stop(flow, node)
-                check_typed(result, region)
-                await until(lambda: len(active_end(node).queues) == 1, "it is left out")
-                await idle(node)
-                assert (await fetch_into(client, namespace, KEYS, region)).ok
+                check_typed(await end_of(handle, flow, node), region)
+                await check_other_rail(node, client, namespace, region)
                 # Who connects now has one rail.
                 async with connected([node], transport="rdma", node_id="late") as late:
                     assert len(passive_end(late).queues) == 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import abc
 import contextlib
 from collections.abc import Iterator
 
 import pytest
 
 from kvstore.transport.verbs import NoDevice, RailSetup, Verbs
+from tests.support.verbsdevices import port_down, removed
 from tests.support.verbsends import End, connected, rail_setups, write
 
 SUCCESS, FLUSHED, NO_ACCESS, NO_ANSWER = 0, 5, 10, 12
@@ -19,19 +19,8 @@ def fill(end: End, value: int) -> None:
     end.view[:] = bytes([value]) * len(end.view)
 
 
-class RailTests(abc.ABC):
+class RailTests:
     """See the module."""
-
-    @abc.abstractmethod
-    def take_down(self, verbs: Verbs, setup: RailSetup) -> contextlib.AbstractContextManager[None]:
-        """The port is down for as long as the block lasts."""
-
-    @abc.abstractmethod
-    def remove(self, verbs: Verbs, setup: RailSetup) -> contextlib.AbstractContextManager[None]:
-        """The device is gone when the block is entered, and there when it was left.
-
-        Rails of it are to be closed within the block.
-        """
 
     @pytest.fixture
     def setups(self, verbs: Verbs) -> list[RailSetup]:
@@ -81,7 +70,7 @@ class RailTests(abc.ABC):
             connected(verbs, setups[0]) as (near, far),
             connected(verbs, setups[1]) as (lost, beyond),
         ):
-            with self.take_down(verbs, setups[1]):
+            with port_down(verbs, setups[1].device):
                 assert setups[1].device in lost.rail.failed()
                 assert "port" in lost.rail.failed()
                 assert near.rail.failed() == ""
@@ -107,7 +96,7 @@ class RailTests(abc.ABC):
         with (
             connected(verbs, setups[0]) as (near, far),
             connected(verbs, setups[1]) as (lost, beyond),
-            self.remove(verbs, setups[1]),
+            removed(verbs, setups[1].device),
         ):
             assert "the device was removed" in lost.rail.failed()
             assert near.rail.failed() == ""

@@ -17,6 +17,7 @@ from kvstore.transport.rdma_reach import UNREACHED_S
 from kvstore.transport.verbs import QueueAddress, QueueTuning, Verbs, VerbsClosed, VerbsError
 from tests.support.loops import ManualLoop, turns
 from tests.support.rdmaends import QUICK, Fetch, Pull, Request, Session, session
+from tests.support.verbsdevices import indestructible
 
 KIB = 1024
 SHAPES = {
@@ -349,9 +350,6 @@ class RdmaTests:
     async def test_queue_pair_that_can_neither_be_flushed_nor_closed_is_stuck(
         self, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refuse() -> None:
-            raise VerbsError("the system refuses it")
-
         async with session(verbs) as made:
             request = Request(made, layer_bytes=(256 * KIB,), key_count=4)
             fetch = Fetch(request, 256 * KIB)
@@ -359,10 +357,7 @@ class RdmaTests:
             pull = Pull(request)
             pull.ask(0)
             queues = [*made.active.queues, *made.passive.queues]
-            with monkeypatch.context() as patch:
-                for queue in queues:
-                    patch.setattr(queue.pair, "flush", refuse)
-                    patch.setattr(queue.pair, "close", refuse)
+            with indestructible(monkeypatch, queues):
                 made.active.close()
                 made.passive.close()
             assert made.active.stuck

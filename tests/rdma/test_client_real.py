@@ -6,17 +6,12 @@ from __future__ import annotations
 import pytest
 
 from kvstore.transport.pyverbs_layer import PyVerbs
-from kvstore.transport.verbs import Verbs, VerbsError
+from kvstore.transport.verbs import Verbs
 from tests.rdma.client_suite import ClientTests
 from tests.rdma.fault_suite import ClientFaultTests
-from tests.support.verbsends import rail_setups
+from tests.support.verbsdevices import real_rails
 
-try:
-    _found = rail_setups(PyVerbs())
-except VerbsError as error:
-    pytest.skip(f"no RDMA here (make test-rdma): {error}", allow_module_level=True)
-if not _found:
-    pytest.skip("no RDMA device here (make test-rdma)", allow_module_level=True)
+real_rails()
 
 
 @pytest.fixture

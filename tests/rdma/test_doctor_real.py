@@ -16,20 +16,13 @@ from typing import Any
 import pytest
 
 from kvstore.transport.pyverbs_layer import PyVerbs
-from kvstore.transport.verbs import VerbsError
 from kvstore_client.ctl import doctor
 from kvstore_client.ctl.options import Common
 from tests.support.cluster import serve
 from tests.support.tree import PACKAGES
-from tests.support.verbsends import rail_setups
+from tests.support.verbsdevices import in_guest, real_rails
 
-try:
-    _found = rail_setups(PyVerbs())
-except VerbsError as error:
-    pytest.skip(f"no RDMA here (make test-rdma): {error}", allow_module_level=True)
-if not _found:
-    pytest.skip("no RDMA device here (make test-rdma)", allow_module_level=True)
-
+RAILS = real_rails()
 PATIENCE_S = 60.0
 MIB = 1024 * 1024
 NOBODY = 65534
@@ -48,7 +41,7 @@ async def run(uri: str | None, *transports: str) -> tuple[int, dict[str, dict[st
 
 def guest_only() -> None:
     """Skip what changes the machine."""
-    if not os.environ.get("RDMA_VM"):
+    if not in_guest():
         pytest.skip("would change this machine")
 
 
@@ -60,9 +53,9 @@ async def test_devices_are_found_and_a_block_goes_there_and_back() -> None:
         assert checks["pyverbs"]["verdict"] == "ok"
         moved = checks["transfer by rdma"]["values"]
         assert moved["transport"] == "rdma"
-        names = [f"{setup.device}:{setup.port}" for setup in _found]
+        names = [f"{setup.device}:{setup.port}" for setup in RAILS]
         assert sorted(moved["rails"]) == sorted(names)
-        for setup in _found:
+        for setup in RAILS:
             name = f"{setup.device}:{setup.port}"
             assert checks[f"gid {name}"]["values"]["index"] == setup.gid_index
             assert checks[f"device file {setup.device}"]["verdict"] == "ok"
@@ -98,7 +91,7 @@ async def test_the_kernel_tells_without_pyverbs_what_is_there(
     monkeypatch.setattr("kvstore.transport.verbs.system_verbs", missing)
     ended, checks = await run(None)
     assert ended == 1
-    for setup in _found:
+    for setup in RAILS:
         name = f"{setup.device}:{setup.port}"
         assert checks[f"gid {name}"] == known[f"gid {name}"]
         assert checks[f"port {name}"] == known[f"port {name}"]

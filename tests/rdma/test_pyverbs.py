@@ -12,17 +12,10 @@ import textwrap
 
 import pytest
 
-from kvstore.transport.pyverbs_layer import PyVerbs
-from kvstore.transport.verbs import VerbsError
 from tests.support.tree import ROOT
-from tests.support.verbsends import rail_setups
+from tests.support.verbsdevices import in_guest, real_rails
 
-try:
-    _found = rail_setups(PyVerbs())
-except VerbsError as error:
-    pytest.skip(f"no RDMA here (make test-rdma): {error}", allow_module_level=True)
-if not _found:
-    pytest.skip("no RDMA device here (make test-rdma)", allow_module_level=True)
+RAILS = real_rails()
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +26,7 @@ from kvstore.transport.pyverbs_layer import PyVerbs
 from kvstore.transport.verbs import *
 from tests.support.verbsends import *
 verbs = PyVerbs()
-setup = RailSetup(*{tuple(_found[0])!r})
+setup = RailSetup(*{tuple(RAILS[0])!r})
 def refused(call):
     try:
         call()
@@ -65,7 +58,7 @@ def output(program: str) -> str:
 
 
 needs_root = pytest.mark.skipif(
-    os.geteuid() != 0 or not os.environ.get("RDMA_VM"), reason="changes device files as root"
+    os.geteuid() != 0 or not in_guest(), reason="changes device files as root"
 )
 
 

@@ -6,16 +6,11 @@ from __future__ import annotations
 import pytest
 
 from kvstore.transport.pyverbs_layer import PyVerbs
-from kvstore.transport.verbs import Verbs, VerbsError
+from kvstore.transport.verbs import Verbs
 from tests.rdma.rdma_suite import RdmaTests
-from tests.support.verbsends import rail_setups
+from tests.support.verbsdevices import real_rails
 
-try:
-    _found = rail_setups(PyVerbs())
-except VerbsError as error:
-    pytest.skip(f"no RDMA here (make test-rdma): {error}", allow_module_level=True)
-if not _found:
-    pytest.skip("no RDMA device here (make test-rdma)", allow_module_level=True)
+real_rails()
 
 
 class TestReal(RdmaTests):

@@ -1,7 +1,6 @@
 """The contract of verbs: what `Rail`, `QueuePair` and `MemoryRegion` promise.
 
-An implementation joins with a subclass that has the fixtures `verbs` and `environment`, and
-says how a port goes down.
+An implementation joins with a subclass that has the fixtures `verbs` and `environment`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from kvstore.blocksource import Chunk, FetchStream, PutStream
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
-from kvstore.errors import KVStoreError, LimitExceeded
+from kvstore.errors import KVStoreError, LimitExceeded, TransportError
 from kvstore.framing import FrameWriter
 from kvstore.layout import Geometry, PieceMap
 from kvstore.messages import (
@@ -41,10 +41,16 @@ from kvstore.protocol import (
 )
 from kvstore.transfer import BlockMemory, FetchTransfer, PutTransfer
 from kvstore.wire import HEADER_BYTES, FrameType, decode_header, encode_header
-from tests.support.engine import content
+from tests.support.engine import content, key
 
 MIB = 1024 * 1024
 NAMESPACE = bytes(range(32))
+#: Of the blocks in most tests.
+LAYERS = (40, 24, 100)
+BLOCK = sum(LAYERS)
+KEYS = [key(number) for number in range(6)]
+#: Why a connection ended.
+LOST = TransportError("the wire broke")
 _PENDING = 255
 _GUARD = b"\xa5" * 32
 
@@ -114,6 +120,16 @@ class Store:
         block = self.block(key) if data is None else data
         layers = [block[a:b] for a, b in pairwise(self.geometry.offsets)]
         return layer_checksums(layers, block_seed(NAMESPACE, key))
+
+    def pieces(self, fetch: Fetch) -> PieceMap:
+        """What a fetch asks for, piece by piece."""
+        return PieceMap(
+            self.geometry,
+            len(fetch.keys),
+            fetch.layer_first,
+            fetch.layer_last,
+            fetch.group_layers,
+        )
 
     def lend(self) -> Callable[[], None]:
         """A chunk is given out; what it gets to be released once."""
@@ -301,14 +317,7 @@ class Hooks(ServerHooks):
         protocol, store = self.protocol, self.store
         if isinstance(message, Fetch):
             protocol.check_room(request_id)
-            pieces = PieceMap(
-                store.geometry,
-                len(message.keys),
-                message.layer_first,
-                message.layer_last,
-                message.group_layers,
-            )
-            stream = StoreFetch(store, message.keys, pieces)
+            stream = StoreFetch(store, message.keys, store.pieces(message))
             protocol.add_fetch(request_id, stream, message.priority)
         elif isinstance(message, Put):
             protocol.check_room(request_id)
@@ -459,8 +468,8 @@ class PutCall:
         self.keys = list(keys)
         self.replies: list[Reply] = []
         memory: list[BlockMemory] = []
-        for key in keys:
-            block = memoryview(store.block(key))
+        for name in keys:
+            block = memoryview(store.block(name))
             offsets = store.geometry.offsets
             memory.append([block[a:b] for a, b in pairwise(offsets)] if scattered else block)
         self.checksums = b"".join(map(store.checksums, keys))
@@ -504,6 +513,11 @@ class Pair:
         self.hooks.protocol = self.server
         self._cut = cut
         self._next_id = 1
+
+    @property
+    def work_count(self) -> int:
+        """What is under way beside the stream, or waits to be."""
+        return 0
 
     def up(self, bytes_max: int) -> int:
         """Carry bytes from the client to the server; how many there were."""
@@ -555,6 +569,16 @@ class Pair:
     def _take_id(self) -> int:
         self._next_id += 1
         return self._next_id - 1
+
+
+def check_idle(pair: Pair) -> None:
+    """Nothing is under way, and nothing is held."""
+    assert (pair.store.lent, pair.store.held) == (0, 0)
+    assert (pair.client.call_count, pair.server.request_count) == (0, 0)
+    assert not pair.client._runs
+    assert not pair.client._run_waiters
+    assert not pair.client._late_runs
+    assert pair.work_count == 0
 
 
 def cuts(seed: int, most: int = 500) -> Callable[[], int]:

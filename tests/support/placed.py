@@ -196,13 +196,7 @@ class PlacedHooks(Hooks):
     def request(self, type: FrameType, request_id: int, message: Message) -> None:
         protocol, store = self.protocol, self.store
         if isinstance(message, Fetch) and message.memory is not None:
-            pieces = PieceMap(
-                store.geometry,
-                len(message.keys),
-                message.layer_first,
-                message.layer_last,
-                message.group_layers,
-            )
+            pieces = store.pieces(message)
             sink = self.make_sink(message, pieces, self.memory[request_id])
             self.sinks.append(sink)
             stream = StoreFetch(store, message.keys, pieces)
@@ -250,6 +244,10 @@ class PlacedPair(Pair):
         self.hooks.protocol = self.server
         self.hooks.strands.on_ready = lambda: self.server.on_output()
         self.server._hooks = self.hooks
+
+    @property
+    def work_count(self) -> int:
+        return self.hooks.strands.count + len(self.hooks.worker.jobs)
 
     def pump(self) -> None:
         while self.up(self._cut()) + self.down(self._cut()) or self._goes_on():

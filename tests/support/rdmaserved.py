@@ -1,4 +1,4 @@
-"""Daemons, agents and clients whose payload goes by RDMA, and what tests do to their devices.
+"""Daemons, agents and clients whose payload goes by RDMA.
 
 The verbs are those that a test's fixture has put in place of the system's.
 """
@@ -6,22 +6,14 @@ The verbs are those that a test's fixture has put in place of the system's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-
-import pytest
 
 from kvstore.messages import PutOutcome
 from kvstore.transport.rdma_end import RdmaEnd
-from kvstore.transport.verbs import Verbs
 from kvstore_client import AsyncClient, FetchResult, Namespace, Region
-from kvstore_client.breaker import CircuitBreaker
-from kvstore_client.link import PeerLink
 from kvstore_client.linkmemory import RdmaMemory
+from tests.support.agents import AgentNode, run_agents
 from tests.support.cluster import (
     BLOCK_BYTES,
     LAYERS,
@@ -33,13 +25,9 @@ from tests.support.cluster import (
     serve,
     until,
 )
-from tests.support.fakeverbs import FakeVerbs
+from tests.support.links import link_of, reconnected
 from tests.support.rdmaprocesses import LISTEN
-from tests.support.verbsends import PATIENCE_S
 
-STAIN = 0xA5
-# A packet has 64 KiB: 16 MiB take a tenth of a second.
-PACKET_DELAY_US_MAX = 1000
 # Of a daemon whose blocks trickle: 16 MiB take a quarter of a second.
 CHUNKS_AT_ONCE = 4
 TRICKLE_S = 0.004
@@ -63,6 +51,31 @@ async def served(
         connected([node], **values) as made,
     ):
         yield node, made, await open_pool(made, *layers)
+
+
+@asynccontextmanager
+async def relayed(*layers: int) -> AsyncIterator[tuple[Node, AgentNode, AsyncClient, Namespace]]:
+    """A daemon, a relay before it, and a client of both, in the test's process."""
+    async with (
+        serve(listen=LISTEN, arena_bytes=4 * MIB) as (node,),
+        run_agents([node], listen=(LISTEN,), transport="rdma", policy="direct") as (agent,),
+        client_of_both(node.uri, agent.uri, *layers) as (client, namespace),
+    ):
+        yield node, agent, client, namespace
+
+
+@asynccontextmanager
+async def client_of_both(
+    daemon: str, relay: str, *layers: int
+) -> AsyncIterator[tuple[AsyncClient, Namespace]]:
+    """A client of a daemon and of a relay before it, when requests can be sent to both."""
+    async with connected(
+        daemon, relays=[relay], policy="round_robin", transport="rdma", deadline_s=60
+    ) as client:
+        namespace = await open_pool(client, *layers)
+        (to_relay,) = client.cluster.relays.links
+        await until(lambda: to_relay.up and not to_relay.refusal(namespace), "the relay")
+        yield client, namespace
 
 
 async def put_blocks(
@@ -105,22 +118,6 @@ def ways(result: FetchResult) -> set[tuple[str, str]]:
     return {(run.path, run.transport) for run in result.runs if run.bytes}
 
 
-def stain(region: Region) -> None:
-    """Use memory that is ours again for something else."""
-    region.view[:] = bytes([STAIN]) * region.size_bytes
-
-
-def stained(region: Region) -> bool:
-    """Whether nobody has written there since."""
-    return bytes(region.view) == bytes([STAIN]) * region.size_bytes
-
-
-def link_of(client: AsyncClient) -> PeerLink:
-    """The link to the only daemon."""
-    (link,) = client.cluster._links
-    return link
-
-
 def passive_end(client: AsyncClient) -> RdmaEnd:
     """The client's side of the queue pairs to its daemon."""
     memory = link_of(client).memory
@@ -135,77 +132,11 @@ def active_end(node: Node) -> RdmaEnd:
     return session.memory.end
 
 
-async def reconnected(client: AsyncClient, count: int = 1) -> None:
-    """Return when links have come up again so often."""
-    await until(lambda: client.cluster.counters["reconnects"] >= count, "a new session")
-
-
 async def at_work(client: AsyncClient) -> None:
     """Return when a queue pair works after some have failed: of two rails the one on which
     nothing was under way goes on, and without any the session is a new one."""
     if not (link_of(client).memory and passive_end(client).queues):
         await reconnected(client)
-
-
-async def up_again(client: AsyncClient, namespace: Namespace) -> None:
-    """Return when requests can be sent again."""
-    link = link_of(client)
-    await until(lambda: link.up and link.refusal(namespace) is None, "the link is up")
-    # What breakers say of it is another matter, and other tests'.
-    link.breaker = CircuitBreaker()
-
-
-def in_guest() -> bool:
-    """Whether devices may be taken down: it is the virtual machine of `make test-rdma`."""
-    return bool(os.environ.get("RDMA_VM"))
-
-
-@contextlib.contextmanager
-def port_down(verbs: Verbs, device: str) -> Iterator[None]:
-    """The port of a device is down for as long as the block lasts."""
-    if isinstance(verbs, FakeVerbs):
-        verbs.take_down(device)
-        yield
-        verbs.bring_up(device)
-        return
-    if not in_guest():
-        pytest.skip("would take down a port of this machine")
-    netdev = _netdev(verbs, device)
-    subprocess.run(["ip", "link", "set", netdev, "down"], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["ip", "link", "set", netdev, "up"], check=True)
-
-
-@contextlib.contextmanager
-def removed(verbs: Verbs, device: str) -> Iterator[None]:
-    """A device is gone when the block is entered, and there again when it was left; what uses
-    it is closed within the block."""
-    if isinstance(verbs, FakeVerbs):
-        verbs.remove(device)
-        yield
-        verbs.bring_up(device)
-        return
-    if not in_guest():
-        pytest.skip("would remove a device of this machine")
-    netdev = _netdev(verbs, device)
-    # It waits until nobody uses the device any more.
-    removal = subprocess.Popen(["rdma", "link", "delete", device])
-    while any(one.name == device for one in verbs.devices()):
-        assert not removal.poll(), "it was refused"
-    try:
-        yield
-    finally:
-        assert removal.wait(PATIENCE_S) == 0
-        subprocess.run(["rdma", "link", "add", device, "type", "rxe", "netdev", netdev], check=True)
-
-
-def slow_down(verbs: Verbs, slow: bool = True) -> None:
-    """Let transfers take a while, so that there is a middle of them. Real ones do anyway, where
-    the processor is imitated."""
-    if isinstance(verbs, FakeVerbs):
-        verbs.jitter(1, PACKET_DELAY_US_MAX if slow else 0)
 
 
 def trickle(node: Node) -> asyncio.Task[None]:
@@ -233,39 +164,18 @@ async def stop(flow: asyncio.Task[None], node: Node) -> None:
     node.gate.open()
 
 
-def queue_pair_count(verbs: Verbs) -> int:
-    """Queue pairs that there are on this machine; 0 where nobody counts them."""
-    if isinstance(verbs, FakeVerbs):
-        return 0
-    told = subprocess.run(["rdma", "-j", "resource", "show", "qp"], check=True, capture_output=True)
-    return sum(1 for one in json.loads(told.stdout or b"[]") if one.get("type") == "RC")
-
-
-def _netdev(verbs: Verbs, device: str) -> str:
-    (port,) = (one.ports[0] for one in verbs.devices() if one.name == device)
-    return port.netdev
-
-
 __all__ = [
     "BLOCK_BYTES",
     "LISTEN",
-    "STAIN",
     "active_end",
+    "at_work",
+    "client_of_both",
     "fetch_into",
-    "in_guest",
-    "link_of",
     "passive_end",
-    "port_down",
     "put_blocks",
-    "queue_pair_count",
-    "reconnected",
-    "removed",
+    "relayed",
     "served",
-    "slow_down",
-    "stain",
-    "stained",
     "stop",
     "trickle",
-    "up_again",
     "ways",
 ]

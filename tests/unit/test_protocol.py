@@ -52,8 +52,11 @@ from kvstore.protocol import (
 )
 from kvstore.protocol.server import HELLO_BYTES_MAX
 from kvstore.wire import HEADER_BYTES, FrameType
-from tests.support.engine import key
 from tests.support.frames import (
+    BLOCK,
+    KEYS,
+    LAYERS,
+    LOST,
     MIB,
     NAMESPACE,
     FetchCall,
@@ -74,10 +77,6 @@ from tests.support.samples import FROM_CLIENT, FROM_SERVER, REPORT
 
 HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
 STORED = PutOutcome.STORED
-LAYERS = (40, 24, 100)
-BLOCK = sum(LAYERS)
-KEYS = [key(number) for number in range(6)]
-LOST = TransportError("the wire broke")
 
 
 @pytest.fixture

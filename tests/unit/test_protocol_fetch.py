@@ -11,7 +11,6 @@ from kvstore.errors import (
     LimitExceeded,
     LocalProtocolError,
     RemoteProtocolError,
-    TransportError,
 )
 from kvstore.messages import (
     CancelReply,
@@ -27,25 +26,27 @@ from kvstore.protocol import server as module
 from kvstore.wire import FrameType
 from tests.support.engine import key
 from tests.support.frames import (
+    BLOCK,
+    KEYS,
+    LAYERS,
+    LOST,
     MIB,
     FetchCall,
     Pair,
     PutCall,
     Store,
+    check_idle,
     cuts,
     deliver,
     frame,
     take,
     welcomed_client,
 )
+from tests.support.placed import PlacedPair
 from tests.support.samples import FROM_SERVER
 
 HIT, MISS, CORRUPT = FetchOutcome.HIT, FetchOutcome.MISS, FetchOutcome.CORRUPT
 STORED = PutOutcome.STORED
-LAYERS = (40, 24, 100)
-BLOCK = sum(LAYERS)
-KEYS = [key(number) for number in range(6)]
-LOST = TransportError("the wire broke")
 
 
 @pytest.fixture
@@ -61,17 +62,24 @@ def pair(store: Store) -> Pair:
     return made
 
 
+@pytest.mark.parametrize("kind", [Pair, PlacedPair])
 @pytest.mark.parametrize("chunk", [1, 41, 64, 200, MIB])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize(
     ("layers", "group"), [((0, 3), 0), ((0, 3), 1), ((0, 3), 2), ((1, 3), 1), ((2, 3), 0)]
 )
 def test_a_fetch(
-    store: Store, layers: tuple[int, int], group: int, scattered: bool, chunk: int
+    store: Store,
+    layers: tuple[int, int],
+    group: int,
+    scattered: bool,
+    chunk: int,
+    kind: type[Pair],
 ) -> None:
+    """Through the stream, and beside it."""
     store.fill(KEYS[0], KEYS[2], KEYS[3], KEYS[5])
     store.chunk_bytes = chunk
-    pair = Pair(store, cuts(chunk))
+    pair = kind(store, cuts(chunk))
     pair.pump()
     call = FetchCall(store.geometry, KEYS, layers, group, scattered)
     pair.begin_fetch(call)
@@ -81,7 +89,7 @@ def test_a_fetch(
     assert [reply.outcomes for reply in call.replies] == [bytes([0, 1, 0, 0, 1, 0])]
     assert call.transfer.received_bytes == 4 * call.pieces.span_bytes
     assert len(call.arrived) == 4 * call.pieces.group_count
-    assert (store.lent, pair.client.call_count, pair.server.request_count) == (0, 0, 0)
+    check_idle(pair)
 
 
 def test_layers_are_published_in_their_order(store: Store, pair: Pair) -> None:
@@ -170,7 +178,7 @@ def cancelled_fetch(steps: int, group: int) -> tuple[Pair, FetchCall]:
     assert len(call.replies) == len(cancelled) == 1
     assert isinstance(call.replies[0], Done)
     assert isinstance(cancelled[0], CancelReply)
-    assert (store.lent, pair.client.call_count, pair.server.request_count) == (0, 0, 0)
+    check_idle(pair)
     # The connection is sound.
     after = FetchCall(store.geometry, KEYS[:3])
     pair.begin_fetch(after)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
 import pytest
 
-from kvstore.errors import RemoteProtocolError, TransportError
+from kvstore.errors import RemoteProtocolError
 from kvstore.messages import Data, Done, Error, ErrorCode, FetchOutcome, PutDone, PutOutcome
 from kvstore.protocol import (
     ClientProtocol,
@@ -18,11 +17,15 @@ from kvstore.protocol.strands import PARTS_MAX
 from kvstore.wire import Flags, FrameType
 from tests.support.engine import key
 from tests.support.frames import (
+    BLOCK,
+    KEYS,
+    LAYERS,
+    LOST,
     MIB,
     FetchCall,
     PutCall,
     Store,
-    cuts,
+    check_idle,
     deliver,
     frame,
     sent_types,
@@ -33,10 +36,6 @@ from tests.support.placed import SOMEWHERE, PlacedPair, RunSink, SlowPuller, run
 
 HIT, MISS, CORRUPT, TIMEOUT, UNAVAILABLE = FetchOutcome
 STORED, EXISTS = PutOutcome.STORED, PutOutcome.EXISTS
-LAYERS = (40, 24, 100)
-BLOCK = sum(LAYERS)
-KEYS = [key(number) for number in range(6)]
-LOST = TransportError("the wire broke")
 PLACED, VERIFIED = Flags.PLACED, Flags.PLACED | Flags.VERIFIED
 
 
@@ -59,40 +58,7 @@ def pair(store: Store) -> PlacedPair:
     return made
 
 
-def check_idle(pair: PlacedPair) -> None:
-    """Nothing is under way, and nothing is held."""
-    assert (pair.store.lent, pair.store.held) == (0, 0)
-    assert (pair.client.call_count, pair.server.request_count) == (0, 0)
-    assert not pair.client._runs
-    assert not pair.client._run_waiters
-    assert not pair.client._late_runs
-    assert (pair.hooks.strands.count, pair.hooks.worker.jobs) == (0, deque())
-
-
 # --- copied by the server ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 41, 64, 200, MIB])
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize(
-    ("layers", "group"), [((0, 3), 0), ((0, 3), 1), ((0, 3), 2), ((1, 3), 1), ((2, 3), 0)]
-)
-def test_a_fetch(
-    store: Store, layers: tuple[int, int], group: int, scattered: bool, chunk: int
-) -> None:
-    store.fill(KEYS[0], KEYS[2], KEYS[3], KEYS[5])
-    store.chunk_bytes = chunk
-    pair = PlacedPair(store, cuts(chunk))
-    pair.pump()
-    call = FetchCall(store.geometry, KEYS, layers, group, scattered)
-    pair.begin_fetch(call)
-    pair.pump()
-    assert call.check() == [HIT, MISS, HIT, HIT, MISS, HIT]
-    assert call.failed == [(1, MISS), (4, MISS)]
-    assert [reply.outcomes for reply in call.replies] == [bytes([0, 1, 0, 0, 1, 0])]
-    assert call.transfer.received_bytes == 4 * call.pieces.span_bytes
-    assert len(call.arrived) == 4 * call.pieces.group_count
-    check_idle(pair)
 
 
 def test_no_payload_is_in_the_stream(pair: PlacedPair, store: Store) -> None:
@@ -202,21 +168,22 @@ def test_nothing_is_copied_when_the_connection_ends(store: Store, way: str, begu
 # --- puts that the server takes by itself --------------------------------------------------
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize("budget", [1, BLOCK, 3 * BLOCK, MIB])
-def test_a_put(store: Store, budget: int, scattered: bool) -> None:
-    store.fill(KEYS[1])
-    pair = PlacedPair(store, cuts(budget), budget)
+def give_up(pair: PlacedPair, number: int, how: str, way: RunSink | SlowPuller) -> None:
+    """A request is given up at either side, or the way of its payload fails."""
+    if how == "cancel":
+        pair.cancel(number)
+    elif how == "deadline":
+        assert pair.server.stop_request(number)
+    else:
+        way.fail(LOST)
     pair.pump()
-    call = PutCall(store, KEYS, scattered)
-    pair.begin_put(call)
-    pair.pump()
-    assert call.outcomes() == [STORED, EXISTS, STORED, STORED, STORED, STORED]
-    assert [type(reply) for reply in call.replies] == [PutDone]
-    assert all(store.blocks[name] == store.block(name) for name in KEYS)
-    assert call.transfer.sent_bytes == 0
-    assert all(target.intact for target in store.targets)
-    check_idle(pair)
+
+
+def the_puller(pair: PlacedPair) -> SlowPuller:
+    """The puller of the only put."""
+    (puller,) = pair.hooks.pullers
+    assert isinstance(puller, SlowPuller)
+    return puller
 
 
 def test_nothing_is_asked_for_in_the_stream(pair: PlacedPair, store: Store) -> None:
@@ -300,16 +267,9 @@ def test_last_word_of_a_put_waits_for_what_is_under_way(store: Store, how: str) 
     call = PutCall(store, KEYS)
     number = pair.begin_put(call)
     pair.pump()
-    (puller,) = pair.hooks.pullers
-    assert isinstance(puller, SlowPuller)
+    puller = the_puller(pair)
     assert len(puller.asked) == 2
-    if how == "cancel":
-        pair.cancel(number)
-    elif how == "deadline":
-        assert pair.server.stop_request(number)
-    else:
-        puller.fail(LOST)
-    pair.pump()
+    give_up(pair, number, how, puller)
     assert puller.stopped
     assert not call.replies
     assert store.held == 2  # nobody else gets what is written into
@@ -330,8 +290,7 @@ def test_reads_that_break_off_end_a_put(pair: PlacedPair, store: Store) -> None:
     call = PutCall(store, KEYS[:2])
     pair.begin_put(call)
     pair.pump()
-    (puller,) = pair.hooks.pullers
-    assert isinstance(puller, SlowPuller)
+    puller = the_puller(pair)
     puller.land()
     puller.failure = LOST
     puller.break_off()
@@ -347,8 +306,7 @@ def test_blocks_that_are_written_into_stay_reserved_when_the_connection_is_lost(
     pair.hooks.make_puller = SlowPuller
     pair.begin_put(PutCall(store, KEYS[:1]))
     pair.pump()
-    (puller,) = pair.hooks.pullers
-    assert isinstance(puller, SlowPuller)
+    puller = the_puller(pair)
     pair.lose(LOST)
     assert store.held == 1
     getattr(puller, end)()
@@ -378,6 +336,21 @@ def the_sink(pair: PlacedPair) -> RunSink:
     return sink
 
 
+def asked(pair: PlacedPair, count: int, group_layers: int = 0) -> FetchCall:
+    """A fetch of the first keys, as far as it goes before a run has landed."""
+    call = FetchCall(pair.store.geometry, KEYS[:count], group_layers=group_layers)
+    pair.begin_fetch(call)
+    pair.pump()
+    return call
+
+
+def arrive(pair: PlacedPair) -> None:
+    """All runs that are under way land, and their news come."""
+    for run in list(the_sink(pair).runs):
+        pair.client.run_arrived(run.land())
+    pair.pump()
+
+
 def test_a_block_counts_when_both_its_news_are_here(rails: PlacedPair, store: Store) -> None:
     call = FetchCall(store.geometry, KEYS[:3])
     rails.begin_fetch(call)
@@ -399,10 +372,8 @@ def test_a_block_counts_when_both_its_news_are_here(rails: PlacedPair, store: St
     check_idle(rails)
 
 
-def test_runs_that_overtake_each_other_count_in_order(rails: PlacedPair, store: Store) -> None:
-    call = FetchCall(store.geometry, KEYS[:4], group_layers=1)
-    rails.begin_fetch(call)
-    rails.pump()
+def test_runs_that_overtake_each_other_count_in_order(rails: PlacedPair) -> None:
+    call = asked(rails, 4, group_layers=1)
     sink = the_sink(rails)
     while sink.runs:
         for number in [run.land() for run in reversed(list(sink.runs))]:
@@ -463,13 +434,7 @@ def test_last_word_of_a_fetch_waits_for_what_is_under_way(
     rails.pump()
     sink = the_sink(rails)
     assert len(sink.runs) == 4
-    if how == "cancel":
-        rails.cancel(number)
-    elif how == "deadline":
-        assert rails.server.stop_request(number)
-    else:
-        sink.fail(LOST)
-    rails.pump()
+    give_up(rails, number, how, sink)
     assert not call.replies
     for run in list(sink.runs):
         assert rails.server.request_count == 1
@@ -486,11 +451,9 @@ def test_last_word_of_a_fetch_waits_for_what_is_under_way(
 @pytest.mark.parametrize("lost", [0, 1, 2, 3])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_was_lost_ends_a_fetch_and_what_lies_behind_it_does_not_count(
-    rails: PlacedPair, store: Store, lost: int, when: str
+    rails: PlacedPair, lost: int, when: str
 ) -> None:
-    call = FetchCall(store.geometry, KEYS[:4])
-    rails.begin_fetch(call)
-    rails.pump()
+    call = asked(rails, 4)
     sink = the_sink(rails)
     numbers = []
     for index, run in enumerate(list(sink.runs)):
@@ -510,11 +473,9 @@ def test_what_was_lost_ends_a_fetch_and_what_lies_behind_it_does_not_count(
     check_idle(rails)
 
 
-def test_run_of_a_request_that_has_ended_is_not_kept(rails: PlacedPair, store: Store) -> None:
+def test_run_of_a_request_that_has_ended_is_not_kept(rails: PlacedPair) -> None:
     """A number that was kept for ever would one day stand for bytes that are not here yet."""
-    call = FetchCall(store.geometry, KEYS[:3])
-    rails.begin_fetch(call)
-    rails.pump()
+    call = asked(rails, 3)
     sink = the_sink(rails)
     sink.runs[0].fail()
     numbers = [run.land() for run in list(sink.runs)]
@@ -531,13 +492,9 @@ def test_misses_behind_a_run_wait_for_it(store: Store) -> None:
     pair = PlacedPair(store)
     pair.hooks.make_sink = run_sink(4)
     pair.pump()
-    call = FetchCall(store.geometry, KEYS[:4])
-    pair.begin_fetch(call)
-    pair.pump()
+    call = asked(pair, 4)
     assert call.check() == [None] * 4
-    for run in list(the_sink(pair).runs):
-        pair.client.run_arrived(run.land())
-    pair.pump()
+    arrive(pair)
     assert call.check() == [HIT, MISS, HIT, MISS]
     check_idle(pair)
 
@@ -546,21 +503,15 @@ def test_bytes_that_are_not_those_of_the_checksums_are_found_by_the_reader(
     rails: PlacedPair, store: Store
 ) -> None:
     store.damaged = {KEYS[1]}
-    call = FetchCall(store.geometry, KEYS[:3])
-    rails.begin_fetch(call)
-    rails.pump()
-    for run in list(the_sink(rails).runs):
-        rails.client.run_arrived(run.land())
-    rails.pump()
+    call = asked(rails, 3)
+    arrive(rails)
     assert call.check() == [HIT, CORRUPT, HIT]
     assert call.transfer.corrupt == [1]
     check_idle(rails)
 
 
 def test_lost_connection_ends_what_waits_for_runs(rails: PlacedPair, store: Store) -> None:
-    call = FetchCall(store.geometry, KEYS[:4])
-    rails.begin_fetch(call)
-    rails.pump()
+    call = asked(rails, 4)
     sink = the_sink(rails)
     rails.lose(LOST)
     assert call.replies == [LOST]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.errors import RemoteProtocolError, TransportError
+from kvstore.errors import RemoteProtocolError
 from kvstore.messages import (
     CancelReply,
     Data,
@@ -22,11 +22,16 @@ from kvstore.protocol import ServerProtocol, server as module
 from kvstore.wire import HEADER_BYTES, FrameType
 from tests.support.engine import key
 from tests.support.frames import (
+    BLOCK,
+    KEYS,
+    LAYERS,
+    LOST,
     MIB,
     FetchCall,
     Pair,
     PutCall,
     Store,
+    check_idle,
     connected_server,
     cuts,
     deliver,
@@ -35,6 +40,7 @@ from tests.support.frames import (
     take,
     welcomed_client,
 )
+from tests.support.placed import PlacedPair
 
 STORED, EXISTS, CONFLICT, FULL = (
     PutOutcome.STORED,
@@ -43,10 +49,6 @@ STORED, EXISTS, CONFLICT, FULL = (
     PutOutcome.FULL,
 )
 UNAVAILABLE = PutOutcome.UNAVAILABLE
-LAYERS = (40, 24, 100)
-BLOCK = sum(LAYERS)
-KEYS = [key(number) for number in range(6)]
-LOST = TransportError("the wire broke")
 
 
 @pytest.fixture
@@ -61,12 +63,16 @@ def pair(store: Store) -> Pair:
     return made
 
 
+@pytest.mark.parametrize(("kind", "sent_bytes"), [(Pair, 4 * BLOCK), (PlacedPair, 0)])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("budget", [1, BLOCK, 3 * BLOCK, MIB])
-def test_a_put(store: Store, budget: int, scattered: bool) -> None:
+def test_a_put(
+    store: Store, budget: int, scattered: bool, kind: type[Pair], sent_bytes: int
+) -> None:
+    """Through the stream, and beside it."""
     store.fill(KEYS[1])
     store.blocks[KEYS[4]] = store.block(KEYS[4], version=1)
-    pair = Pair(store, cuts(budget), budget)
+    pair = kind(store, cuts(budget), budget)
     pair.pump()
     call = PutCall(store, KEYS, scattered)
     pair.begin_put(call)
@@ -75,10 +81,10 @@ def test_a_put(store: Store, budget: int, scattered: bool) -> None:
     assert [type(reply) for reply in call.replies] == [PutDone]
     assert all(store.blocks[name] == store.block(name) for name in KEYS if name != KEYS[4])
     assert store.blocks[KEYS[4]] == store.block(KEYS[4], version=1)
-    assert call.transfer.sent_bytes == 4 * BLOCK
+    assert call.transfer.sent_bytes == sent_bytes
     assert call.transfer.idle
     assert all(target.intact for target in store.targets)
-    assert (store.held, pair.client.call_count, pair.server.request_count) == (0, 0, 0)
+    check_idle(pair)
 
 
 @pytest.mark.parametrize("budget", [1, BLOCK, 2 * BLOCK, 4 * BLOCK])
@@ -233,7 +239,7 @@ def cancelled_put(steps: int) -> PutCall:
     assert isinstance(call.replies[0], PutDone)
     assert isinstance(cancelled[0], CancelReply)
     assert call.transfer.idle
-    assert (store.held, pair.client.call_count, pair.server.request_count) == (0, 0, 0)
+    check_idle(pair)
     for name, outcome in zip(KEYS, call.outcomes(), strict=False):
         assert (name in store.blocks) == (outcome is STORED)
         assert store.blocks.get(name, store.block(name)) == store.block(name)

@@ -150,12 +150,24 @@ def test_job_larger_than_the_room_is_posted_in_parts(queue: RdmaQueue, pair: Rec
 
 
 def test_room_has_limits(queue: RdmaQueue) -> None:
-    add(queue, 1, length=FLIGHT_BYTES_MAX - 1, reads=2)
+    add(queue, 1, length=FLIGHT_BYTES_MAX - 1)
     assert queue.has_room
-    assert queue.reads_out == 2
     add(queue, 1, length=1)
     assert not queue.has_room
+    assert queue.has_room_for_reads  # the other way
     queue.retire(1)
+    add(queue, 1, length=FLIGHT_BYTES_MAX - 1, reads=2)
+    assert queue.has_room_for_reads
+    assert queue.reads_out == 2
+    add(queue, 1, length=1, reads=1)
+    assert not queue.has_room_for_reads
+    assert queue.has_room
+    assert queue.bytes_out == queue.read_bytes_out == FLIGHT_BYTES_MAX
+    queue.retire(3)
+    assert queue.bytes_out == queue.read_bytes_out == queue.reads_out == 0
+    add(queue, 1, reads=queue.reads_max)
+    assert not queue.has_room_for_reads
+    queue.retire(4)
     queue.jobs_max = 1
     assert queue.has_room
     add(queue, 1)

@@ -51,7 +51,9 @@ def test_places_are_those_of_the_bytes(engine: Engine, bytes_max: int, group: in
 
 @pytest.mark.parametrize("bytes_max", [100, MIB])
 def test_nothing_is_told_unasked(engine: Engine, bytes_max: int) -> None:
-    stream = begin(engine, 0, locate=False)
+    stream, found = begin(engine, 0, locate=False), 0
     while (chunk := stream.next_chunk(bytes_max)) is not None:
         assert not chunk.places
+        found += sum(map(len, chunk.buffers))
         chunk.release()
+    assert found == 4 * sum(LAYERS)
