@@ -21,17 +21,10 @@ from kvstore.memorymessages import (
 from kvstore.messages import Welcome
 from kvstore.protocol import ClientProtocol
 from kvstore.transport.connection import FrameConnection
-from kvstore.transport.rdma import RdmaNode
 from kvstore.transport.rdma_end import RailsUnreached
 from kvstore.transport.rdma_nodes import RdmaNodes, endpoint_options
-from kvstore.transport.rdma_options import RdmaOptions
 from kvstore.wire import FrameType
-from kvstore_client.linkmemory import (
-    Ask,
-    LinkMemory,
-    RdmaMemory,
-    SharedMemory,
-)
+from kvstore_client.linkmemory import Ask, LinkMemory, RdmaMemory, SharedMemory
 from kvstore_client.memory import Region, Regions
 from kvstore_client.transports import AUTO
 
@@ -45,10 +38,20 @@ LAST_WORDS_S = 0.2
 NEWS_LOOK_S = 0.1
 NEWS_LOOKS = 2
 # Queue pairs come up without a word between their devices: that these reach each other is seen
-# only when something moves. So many requests in a row that lost all they carried, and for so long
-# the stream is used, where it may be: a network that passes no RDMA costs no answers.
+# only when something moves. After so many requests in a row that lost something, a session that
+# begins within so long uses the stream, where it may: a network that passes no RDMA costs no
+# answers.
 LOST_MAX = 2
 STREAM_S = 60.0
+
+#: What to do where a peer does not offer the only thing that is wanted.
+_REMEDIES = {
+    "tcp": "name it by tcp://HOST:PORT",
+    "unix": "name it by its unix socket (unix:///PATH)",
+    SHM: "name it by its unix socket (unix:///PATH), and let it share memory with this user"
+    " (--memory-user)",
+    RDMA: "let it listen on rdma://HOST:PORT, and name it by that",
+}
 
 
 class Channels(NamedTuple):
@@ -97,25 +100,11 @@ class Agreement:
             TransportError: Only RDMA is wanted, and this host cannot do it; or the connection
                 breaks.
         """
-        memory = await self._agree(endpoint, welcome, channels, ask, on_failed)
-        if memory is not None:
-            self._unsettled.add(memory)
-            memory.settled.add_done_callback(lambda _: self._unsettled.discard(memory))
-        return memory
-
-    async def _agree(
-        self,
-        endpoint: Endpoint,
-        welcome: Welcome,
-        channels: Channels,
-        ask: Ask,
-        on_failed: Callable[[Exception], None],
-    ) -> LinkMemory | None:
         offered, stream = welcome.capabilities, channels.fetch.stream.transport
         wanted = self.wanted
         if SHM in offered and wanted in (AUTO, SHM):
             carriers = (channels.fetch, channels.put)
-            return SharedMemory(
+            memory = SharedMemory(
                 self._loop,
                 self.regions,
                 channels.control,
@@ -124,11 +113,12 @@ class Agreement:
                 views=VIEWS in offered,
                 only=wanted == SHM,
             )
+            return self._kept(memory)
         if RDMA in offered and wanted in (AUTO, RDMA):
             try:
                 if wanted == AUTO:
                     self._check_reached(endpoint)
-                return await self._by_rdma(endpoint, welcome, channels, ask, on_failed)
+                return self._kept(await self._by_rdma(endpoint, welcome, channels, ask, on_failed))
             except (TransportError, RefusedError) as error:
                 # With rails that are not to be used, another session can be had.
                 if wanted == RDMA or isinstance(error, RailsUnreached) or channels.control.closed:
@@ -138,9 +128,16 @@ class Agreement:
         if wanted not in (AUTO, stream):
             raise RefusedError(
                 f"transport={wanted}, and nothing else is to be used: {welcome.node_id} offers"
-                f" {', '.join((stream, *offered))} at {endpoint}"
+                f" {', '.join((stream, *offered))} at {endpoint}; {_REMEDIES[wanted]}, or use"
+                f" transport={AUTO}"
             )
         return None
+
+    def _kept(self, memory: LinkMemory) -> LinkMemory:
+        """The same, which is waited for at the end."""
+        self._unsettled.add(memory)
+        memory.settled.add_done_callback(lambda _: self._unsettled.discard(memory))
+        return memory
 
     async def share_all(self, memory: LinkMemory, peer: str) -> None:
         """Let a peer reach all regions, those too that are made meanwhile."""
@@ -169,15 +166,16 @@ class Agreement:
 
     async def settled(self, timeout_s: float) -> None:
         """All links are down: wait until their peers can touch our memory no more; not longer
-        for one that hangs. What it may touch yet stays its own for as long as we live."""
+        for one that hangs."""
         waiting = [memory.settled for memory in self._unsettled]
         if waiting:
             await asyncio.wait(waiting, timeout=timeout_s)
-        for memory in list(self._unsettled):
-            memory.give_up()
 
     def close(self) -> None:
-        """Close the rails; after `settled`."""
+        """Close the rails, and wait for no peer any more; after `settled`. What one may touch yet
+        stays its own for as long as we live."""
+        for memory in list(self._unsettled):
+            memory.give_up()
         self._nodes.close()
 
     async def _by_rdma(
@@ -188,10 +186,8 @@ class Agreement:
         ask: Ask,
         on_failed: Callable[[Exception], None],
     ) -> LinkMemory:
-        options = RdmaOptions()
-        if endpoint.scheme == "rdma":
-            options = endpoint_options(endpoint, "endpoints")
-        node: RdmaNode = self._nodes.node(options, channels.control.stream.local_address())
+        options = endpoint_options(endpoint, "endpoint")  # none, of one that is not rdma://
+        node = self._nodes.node(options, channels.control.stream.local_address())
         end = node.end(welcome.node_id, active=False)
         protocol, fetch = channels.fetch.protocol, channels.fetch
         assert isinstance(protocol, ClientProtocol)

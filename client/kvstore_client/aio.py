@@ -93,9 +93,10 @@ class AsyncClient:
             the best that a peer offers, else through its socket. "tcp", "unix": sockets of that
             kind only. "shm", "rdma": that only; peers that do not offer it count as down. With
             "rdma" blocks whose memory was not allocated or registered, and with "shm" those whose
-            memory was not allocated, are UNAVAILABLE, and `errors` say why; with "auto" the
-            socket is used for a minute when RDMA loses what two requests in a row carried:
-            devices that see no way to each other find out no sooner.
+            memory was not allocated, are UNAVAILABLE, and `errors` say why. With "auto", when RDMA
+            has lost something of two requests in a row, a link that comes up within a minute uses
+            its socket until it comes up again: devices that see no way to each other find out no
+            sooner.
         verify: Whether payload is compared with its checksums; without, wrong bytes are not
             noticed: for measurements only.
         seed: Makes backoff, ramp-in and the selector's draws repeatable.
@@ -438,6 +439,7 @@ class AsyncClient:
 
         Raises:
             LocalProtocolError: No size; or more regions than peers take.
+            TransportError: The client was closed.
             OSError: The system has no memory left.
         """
         self._running()
@@ -450,6 +452,7 @@ class AsyncClient:
 
         Raises:
             LocalProtocolError: No contiguous writable buffer, or it overlaps another region.
+            TransportError: The client was closed.
         """
         self._running()
         return await self.cluster.add_region(self.cluster.regions.register(buffer))

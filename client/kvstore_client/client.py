@@ -23,9 +23,9 @@ from kvstore_client.arguments import (
     fetch_route,
     put_job,
 )
-from kvstore_client.cluster import closed_error
 from kvstore_client.handles import Claimed, FetchHandle, Lease, LookupResult, PutHandle
 from kvstore_client.jobs import Offer, PutJob
+from kvstore_client.link import closed_error
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.selector import Policy
@@ -404,7 +404,11 @@ class Client:
         except LocalProtocolError:
             coroutine.close()
             raise
-        return waiter.result()
+        try:
+            return waiter.result()
+        except BaseException:
+            waiter.cancel()  # interrupted: nobody would have what comes of it, memory or leases
+            raise
 
     @staticmethod
     def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -18,14 +18,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kvstore.checksum import CHECKSUM_BYTES
-from kvstore.endpoint import parse_endpoint
 from kvstore.errors import (
     ConfigError,
     Draining,
     KVStoreError,
     LocalProtocolError,
     RefusedError,
-    TransportError,
     Unsupported,
 )
 from kvstore.layout import Geometry
@@ -51,11 +49,11 @@ from kvstore_client.counters import count_job
 from kvstore_client.handles import Lease, LookupResult
 from kvstore_client.hashing import ChecksumMaker
 from kvstore_client.jobs import FetchJob, PutJob, Route
-from kvstore_client.link import KEY_METADATA_BYTES, PeerLink
+from kvstore_client.link import KEY_METADATA_BYTES, PeerLink, closed_error
 from kvstore_client.lookup import ClusterLookup
 from kvstore_client.memory import Region, Regions
 from kvstore_client.namespaces import FINAL_REFUSALS, Namespace
-from kvstore_client.opening import LinkSetup
+from kvstore_client.opening import LinkSetup, parse_peer
 from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.direct import AgentPath, DirectPath
 from kvstore_client.paths.relay import RelayPath
@@ -104,7 +102,7 @@ class Cluster(Ways):
     """
 
     def __init__(self, endpoints: Sequence[str], options: ClusterOptions) -> None:
-        parsed = [parse_endpoint(text, "endpoints") for text in endpoints]
+        parsed = [parse_peer(text, "endpoints") for text in endpoints]
         self.endpoints = [str(endpoint) for endpoint in parsed]
         self.reports = ReportTable()
         self.regions = Regions()
@@ -115,7 +113,7 @@ class Cluster(Ways):
             raise ConfigError("copies", options.copies, f"must be 1 to {OWNERS_MAX}")
         self._options = options
         self._relay_endpoints = [
-            parse_endpoint(text, "relays") for text in check_relays(options.relays)
+            parse_peer(text, "relays") for text in check_relays(options.relays)
         ]
         for endpoint in self._relay_endpoints:
             if str(endpoint) in self.endpoints:
@@ -126,7 +124,7 @@ class Cluster(Ways):
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: set[FetchJob | PutJob] = set()
-        self._closed = False
+        self._started = self._closed = False
         self._voices: Voices
         self._loop: asyncio.AbstractEventLoop
         self._direct = DirectPath()
@@ -146,6 +144,7 @@ class Cluster(Ways):
     async def start(self) -> None:
         """Begin to connect; return when each daemon has answered or failed once, or
         takes too long."""
+        self._started = True
         self._loop = asyncio.get_running_loop()
         self._store = StorePath(self._loop)
         self._agreement = Agreement(self._loop, self._options.transport, self.regions)
@@ -187,28 +186,35 @@ class Cluster(Ways):
     async def close(self) -> None:
         """End everything under way; its outcome is UNAVAILABLE."""
         self._closed = True
+        if not self._started:
+            return
+        self._sharing.close()
         for job in list(self._jobs):
             job.give_up(closed_error())
-        # All that matters happens before the first wait, in case that is cancelled.
-        links = [*self._links, *self._others()]
+        links = self._all_links()
         for link in links:
             link.close()
-        for link in links:
-            await link.ended()
-        if self._peers is not None:
-            await self._peers.ended()
-        await self._agreement.settled(CLOSE_S)
-        if self._tasks:
-            # A peer that hangs and may touch memory yet keeps it for good, but not us.
-            _, hanging = await asyncio.wait(self._tasks, timeout=CLOSE_S)
-            for task in hanging:
-                task.cancel()
-            await asyncio.gather(*hanging, return_exceptions=True)
-        self._checksums.close()
-        async with contextlib.AsyncExitStack() as ending:  # all of it, even if some of it fails
+        # All of it, even if some of it fails or a wait is cancelled.
+        async with contextlib.AsyncExitStack() as ending:
             ending.push_async_callback(self._sharing.unmap)
             ending.callback(self._agreement.close)
             ending.callback(self._sharing.withdraw)
+            ending.callback(self._checksums.close)
+            ending.push_async_callback(self._end_tasks)
+            for link in links:
+                await link.ended()
+            if self._peers is not None:
+                await self._peers.ended()
+            await self._agreement.settled(CLOSE_S)
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=CLOSE_S)
+
+    async def _end_tasks(self) -> None:
+        """A peer that hangs and may touch memory yet keeps it for good, but not us."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- memory ----------------------------------------------------------------------------
 
@@ -272,7 +278,7 @@ class Cluster(Ways):
     def forget_namespace(self, namespace: Namespace) -> None:
         """Open a namespace nowhere any more: nobody uses it."""
         self._namespaces.pop(namespace.id, None)
-        for link in (*self._links, *self._others()):
+        for link in self._all_links():
             link.forget_namespace(namespace)
 
     async def lookup(
@@ -642,11 +648,6 @@ class Cluster(Ways):
         task = self._loop.create_task(supervise())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def closed_error() -> TransportError:
-    """Why what was under way has ended when its client was closed."""
-    return TransportError("the client was closed")
 
 
 def _nobody_retains(decode_node: str) -> LocalProtocolError:

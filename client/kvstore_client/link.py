@@ -77,6 +77,11 @@ FIXED_METADATA_BYTES = 1024
 CORRUPT_LOG_PAUSE_S = 10.0
 
 
+def closed_error() -> TransportError:
+    """Why nothing is done any more for a client that was closed."""
+    return TransportError("the client was closed")
+
+
 class PeerLink:
     """Keeps the connections to one peer up, on the loop's thread.
 
@@ -85,6 +90,8 @@ class PeerLink:
         daemon_only: Refuse a peer that is the agent of a node.
 
     Attributes:
+        wanted: What is to move payload; see `AsyncClient`.
+        memory: The way into memory of this client, None without one or while the link is down.
         fetch_slots, put_slots: To be held around `fetch` and `put`.
     """
 
@@ -99,6 +106,7 @@ class PeerLink:
         self._daemon_only = daemon_only
         self.welcome: Welcome | None = None
         self.memory: LinkMemory | None = None
+        self.wanted = setup.agreement.wanted
         self.verify = setup.verify
         self.breaker = CircuitBreaker()
         self.last_error: Exception = TransportError(f"{endpoint}: not connected yet")
@@ -205,7 +213,7 @@ class PeerLink:
         self._task.cancel()
         for task in self._reopening:
             task.cancel()
-        self._take_down(TransportError("the client was closed"))
+        self._take_down(closed_error())
 
     async def ended(self) -> None:
         """Wait until nothing of a closed link is left on the loop."""
@@ -262,27 +270,32 @@ class PeerLink:
         message: Message,
         timeout_s: float | None = None,
         on_late: Callable[[Reply], None] = lambda reply: None,
+        carrier: bool = False,
     ) -> Message:
-        """A request with one reply, on the control connection.
+        """A request with one reply.
 
         Args:
             timeout_s: How long to wait; with 0 or less nothing is sent.
             on_late: Gets a reply that comes when nobody waits for it any more.
+            carrier: Not on the control connection, but on that of fetches: what keeps the server
+                busy for a while.
 
         Raises:
             TransportError: The link is down or breaks; TransportTimeout when no reply comes.
             RefusedError: The peer says no.
         """
-        if self._channels is None:
+        channels = self._channels
+        if channels is None:
             raise self.unavailable()
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         if limit_s <= 0:
             raise TransportTimeout(f"{type.name} to {self.peer}: no time is left, not sent")
-        return await self._ask(self._channels.control, type, message, limit_s, on_late)
+        connection = channels.fetch if carrier else channels.control
+        return await self._ask(connection, type, message, limit_s, on_late)
 
     async def _ask(
         self,
-        control: FrameConnection,
+        connection: FrameConnection,
         type: FrameType,
         message: Message,
         limit_s: float,
@@ -297,7 +310,7 @@ class PeerLink:
                 waiter.set_result(reply)
 
         request_id, begun_at = next(self._request_ids), self._loop.time()
-        _client(control).call(request_id, type, message, on_reply)
+        _client(connection).call(request_id, type, message, on_reply)
         try:
             async with asyncio.timeout(limit_s):
                 reply = await waiter
@@ -315,19 +328,6 @@ class PeerLink:
         if isinstance(reply, Exception):
             raise reply
         return reply  # type: ignore[return-value]
-
-    async def call_carrier(
-        self,
-        type: FrameType,
-        message: Message,
-        timeout_s: float | None = None,
-        on_late: Callable[[Reply], None] = lambda reply: None,
-    ) -> Message:
-        """As `call`, on the connection of fetches: what keeps the server busy for a while."""
-        if self._channels is None:
-            raise self.unavailable()
-        limit_s = self._timeout_s if timeout_s is None else timeout_s
-        return await self._ask(self._channels.fetch, type, message, limit_s, on_late)
 
     def tell(
         self,
@@ -401,8 +401,10 @@ class PeerLink:
             return
         try:
             refusal = await memory.offer(region)
-        except TransportError:
-            return  # when the link is up again, all regions are shared
+        except KVStoreError as error:
+            if self.memory is not memory:
+                return  # when the link is up again, all regions are shared
+            refusal = str(error)
         if refusal:
             logger.warning("%s: region of %d bytes: %s", self.peer, region.size_bytes, refusal)
 
@@ -512,6 +514,8 @@ class PeerLink:
             # From here on nothing waits, so that nothing comes between.
             if opening.any_closed:
                 raise TransportError(f"{self.endpoint}: closed a connection at once")
+            if memory is not None and memory.failure is not None:
+                raise TransportError(f"{self.endpoint}: {memory.failure}")
             self._going_away = False
             self._channels = channels
             self.memory = memory
@@ -530,9 +534,14 @@ class PeerLink:
         logger.info("%s: connected to %s", self.endpoint, self.peer)
 
     async def _ask_memory(
-        self, control: FrameConnection, type: FrameType, message: Message
+        self,
+        control: FrameConnection,
+        type: FrameType,
+        message: Message,
+        on_late: Callable[[Reply], None] = lambda reply: None,
     ) -> Message:
-        return await self._ask(control, type, message, max(self._timeout_s, SHARE_TIMEOUT_S))
+        limit_s = max(self._timeout_s, SHARE_TIMEOUT_S)
+        return await self._ask(control, type, message, limit_s, on_late)
 
     async def _ask_open(self, control: FrameConnection, message: OpenNamespace) -> Message:
         return await self._ask(control, FrameType.OPEN_NAMESPACE, message, self._timeout_s)

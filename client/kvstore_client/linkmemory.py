@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Protocol
 
 from kvstore.errors import (
+    KVStoreError,
     LocalProtocolError,
     RefusedError,
     RemoteProtocolError,
@@ -36,8 +38,15 @@ from kvstore_client.places import locate
 # gone ahead would later be taken for the memory of another frame.
 SHARES_UNDER_WAY_MAX = 8
 
-#: A request with one reply on the control connection of the link.
-Ask = Callable[[FrameType, Message], Awaitable[Message]]
+
+class Ask(Protocol):
+    """A request with one reply on the control connection of the link."""
+
+    def __call__(
+        self, type: FrameType, message: Message, on_late: Callable[[Reply], None] = ..., /
+    ) -> Awaitable[Message]:
+        """`on_late` gets a reply that comes when nobody waits for it any more."""
+        ...
 
 
 class LinkMemory(abc.ABC):
@@ -46,7 +55,7 @@ class LinkMemory(abc.ABC):
     Attributes:
         transport: What moves the bytes, for attribution.
         only: Whether nothing else is to move payload.
-        refusals: Why regions could not be handed over, by their numbers.
+        refusals: Why regions are not handed over, by their numbers.
         on_moved: Called when a request has ended whose payload has come where it was to go
             (True), or was lost on the way (False).
     """
@@ -108,15 +117,17 @@ class LinkMemory(abc.ABC):
         """
 
     async def offer(self, region: Region) -> str:
-        """As `add`, and note why it is refused; "" if it is not.
+        """As `add`, and note why it is not done; says why if it is refused, "" if it is done.
 
         Raises:
-            TransportError: The link breaks.
+            KVStoreError: The link breaks, or this host lacks something.
         """
         try:
             await self.add(region)
-        except RefusedError as error:
+        except KVStoreError as error:
             self.refusals[region.number] = str(error)
+            if not isinstance(error, RefusedError):
+                raise
             return str(error)
         self.refusals.pop(region.number, None)
         return ""
@@ -132,6 +143,11 @@ class LinkMemory(abc.ABC):
             lost: The word, where payload was lost on its way.
         """
         then()
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why nothing can be moved this way any more; None while something can."""
+        return None
 
     def give_up(self) -> None:  # noqa: B027 - most have nothing to give back
         """Wait for `settled` no more: it never comes."""
@@ -156,6 +172,7 @@ class NamedMemory:
         self.transport = way.transport
         self.free: asyncio.Future[None] = way.loop.create_future()
         self.way = way
+        self._sent = False
         self._calls: list[Callable[[], None]] = []
         self._regions = regions
         for region in regions:
@@ -173,7 +190,7 @@ class NamedMemory:
         moved = _moved(reply)
         if moved is not None:
             self.way.on_moved(moved)
-        if isinstance(reply, Exception) and not isinstance(reply, RefusedError):
+        if self._sent and isinstance(reply, Exception) and not isinstance(reply, RefusedError):
             # The connection is gone; its peer may be at work for a moment longer.
             self.way.settled.add_done_callback(lambda _: self._end())
         else:
@@ -189,6 +206,20 @@ class NamedMemory:
         calls, self._calls = self._calls, []
         for call in calls:
             call()
+
+
+@contextlib.contextmanager
+def named_in_request(named: NamedMemory | None) -> Iterator[None]:
+    """While a request is sent that names memory. What is answered before it has been sent, or
+    cannot be sent, leaves the memory free."""
+    try:
+        yield
+    except BaseException as error:
+        if named is not None:
+            named.answered(RefusedError(f"it was not sent: {error}"))
+        raise
+    if named is not None:
+        named._sent = True
 
 
 def _moved(reply: Reply) -> bool | None:
@@ -262,9 +293,10 @@ class SharedMemory(LinkMemory):
             raise RefusedError(
                 "memory that was registered cannot be handed to another process: allocate it"
             )
+        if region.number in self._known:
+            return  # the link has come up, and taken it along, while it was made
         async with self._sharing:
-            if self._control.closed:  # while it waited
-                raise TransportError(f"{self._control.stream.peer}: the connection is closed")
+            self._check_open()  # it may have waited
             self._control.stream.send_descriptor(region.fd)
             # Written in the same turn, so that the descriptor goes with this frame.
             message = Share(
@@ -295,7 +327,8 @@ class SharedMemory(LinkMemory):
         if self._arena is None:
             stream = self._control.stream
             stream.accept_descriptors()
-            reply = await self._ask(FrameType.MAP, Map(namespace=namespace))
+            reply = await self._ask(FrameType.MAP, Map(namespace=namespace), self._mapped_late)
+            self._check_open()  # or what came with the reply is closed too
             fd = stream.take_descriptor()
             if fd is None:
                 raise RemoteProtocolError("MAP was answered without a descriptor")
@@ -317,6 +350,16 @@ class SharedMemory(LinkMemory):
     def give_up(self) -> None:
         for watched in list(self._watched):
             self._unwatch(watched)
+
+    def _check_open(self) -> None:
+        if self._control.closed:
+            raise TransportError(f"{self._control.stream.peer}: the connection is closed")
+
+    def _mapped_late(self, reply: Reply) -> None:
+        """A reply that nobody waits for any more: what came with it would stay open."""
+        fd = self._control.stream.take_descriptor() if isinstance(reply, Mapped) else None
+        if fd is not None:
+            os.close(fd)
 
     def _watch(self, fd: int) -> None:
         """A connection has ended here: tell the peer, and wait until it has ended there."""
@@ -374,6 +417,10 @@ class RdmaMemory(LinkMemory):
         self._node = node
         self._end = end
 
+    @property
+    def failure(self) -> Exception | None:
+        return self._end.failed
+
     def knows(self, region: Region) -> bool:
         return self._node in region.registrations
 
@@ -423,4 +470,5 @@ __all__ = [
     "NamedMemory",
     "RdmaMemory",
     "SharedMemory",
+    "named_in_request",
 ]

@@ -153,8 +153,9 @@ class Regions:
             LocalProtocolError: No contiguous writable buffer, or it overlaps another region.
         """
         self._check_room()
-        view = memoryview(buffer)  # type: ignore[arg-type]
-        flat = as_memory(buffer, "register", view.nbytes, writable=True)
+        flat = as_memory(buffer, "register", _size_of(buffer), writable=True)
+        if not len(flat):
+            raise LocalProtocolError("register: the buffer is empty")
         return self._add(Region(next(self._numbers), flat, None))
 
     def check_free(self, region: Region) -> None:
@@ -218,6 +219,14 @@ class Regions:
             region.give_back()
             raise LocalProtocolError("register: the buffer overlaps a region of this client")
         return region
+
+
+def _size_of(buffer: object) -> int:
+    """Bytes of a buffer; 0 of what is none."""
+    try:
+        return memoryview(buffer).nbytes  # type: ignore[arg-type]
+    except (TypeError, ValueError, BufferError):
+        return 0
 
 
 __all__ = ["Region", "Regions"]

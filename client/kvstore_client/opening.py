@@ -26,6 +26,7 @@ from kvstore.messages import Channel, Goaway, Role, Welcome
 from kvstore.protocol import ClientProtocol, hello_message
 from kvstore.transport import connect
 from kvstore.transport.connection import FrameConnection
+from kvstore.transport.rdma_nodes import endpoint_options
 from kvstore.transport.shm import host_name
 from kvstore_client.agreement import Agreement, Channels
 from kvstore_client.transports import AUTO
@@ -62,6 +63,20 @@ class LinkSetup(msgspec.Struct, frozen=True, kw_only=True):
     counters: Counter[str]
     agreement: Agreement
     verify: bool = True
+
+
+def parse_peer(text: str, option: str) -> Endpoint:
+    """Where a peer is; what its endpoint says of RDMA is checked too.
+
+    Args:
+        option: Name of the option it came from, for the error.
+
+    Raises:
+        ConfigError: Names the option, the text and what would be right.
+    """
+    endpoint = parse_endpoint(text, option)
+    endpoint_options(endpoint, option)
+    return endpoint
 
 
 class Opening:
@@ -187,4 +202,4 @@ class Opening:
         return connection
 
 
-__all__ = ["LinkSetup", "Opening"]
+__all__ = ["LinkSetup", "Opening", "parse_peer"]

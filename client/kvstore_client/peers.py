@@ -7,12 +7,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from kvstore.endpoint import parse_endpoint
 from kvstore.errors import LimitExceeded, RefusedError, TransportError
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import PeerLink
 from kvstore_client.namespaces import Namespace
-from kvstore_client.opening import LinkSetup
+from kvstore_client.opening import LinkSetup, parse_peer
 from kvstore_client.paths.base import FetchPath
 from kvstore_client.paths.peer import PeerPath
 from kvstore_client.selector import PathMeter
@@ -57,7 +56,7 @@ class PeerLinks:
             ConfigError: The name of the peer is no endpoint.
             LimitExceeded: Too many others are used.
         """
-        endpoint = parse_endpoint(peer, "peer")
+        endpoint = parse_peer(peer, "peer")
         name = str(endpoint)
         link = self._links.get(name)
         if link is None:

@@ -66,7 +66,7 @@ def locate(regions: Regions, memory: Sequence[BlockMemory]) -> Located:
             if region is None:
                 raise LocalProtocolError(
                     f"{len(view)} bytes at {address:#x} lie in no region: get memory by allocate,"
-                    " or register it"
+                    " or register it (for RDMA alone)"
                 )
             first, end = region.address, region.address + region.size_bytes
             number = found.setdefault(region, len(found))

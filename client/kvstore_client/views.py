@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import struct
 from collections.abc import Sequence
 from functools import partial
 
-from kvstore.errors import KVStoreError, Unsupported
-from kvstore.memorymessages import Renew, RenewReply
+from kvstore.errors import KVStoreError, RemoteProtocolError, TransportError, Unsupported
+from kvstore.memorymessages import SHM, Renew, RenewReply
 from kvstore.messages import (
     DEADLINE_MS_MAX,
     Fetch,
@@ -25,12 +24,10 @@ from kvstore_client.link import PeerLink
 from kvstore_client.linkmemory import SharedMemory
 from kvstore_client.namespaces import Namespace
 from kvstore_client.placement import Chain, PlacedKeys, block_heads, extents_of
-
-logger = logging.getLogger(__name__)
+from kvstore_client.transports import AUTO
 
 # A lease is renewed three times in its life: one renewal may be lost, another late.
 RENEWALS_PER_LEASE = 3
-
 
 _OUTCOMES = list(FetchOutcome)
 
@@ -68,7 +65,8 @@ class Views:
         return not self._released and all(lease.same_session() for lease in self._leases)
 
     async def release(self) -> bool:
-        """Give the leases back; nothing is to be read from now on.
+        """Give the leases back; nothing is to be read from now on. They are given back too if
+        this is cancelled, and then nobody knows whether they had held.
 
         Returns:
             Whether all had held until now. If not, nothing that was read may be used. When
@@ -78,7 +76,12 @@ class Views:
             return False
         self._released = True
         self.blocks = [None] * len(self.blocks)
-        held = await asyncio.gather(*(lease.release() for lease in self._leases))
+        try:
+            held = await asyncio.gather(*(lease.release() for lease in self._leases))
+        except BaseException:
+            for lease in self._leases:  # those whose turn had not come yet
+                lease.abandon()
+            raise
         return all(held)
 
     def abandon(self) -> None:
@@ -102,6 +105,7 @@ class _Lease:
         lease_ms: int,
     ) -> None:
         self.held = True
+        self._over = False  # it was given back
         self._loop = loop
         self._link = link
         self._memory = memory  # of the session that the lease belongs to
@@ -110,26 +114,30 @@ class _Lease:
         self._timer = self._wait()
 
     async def release(self) -> bool:
-        self._timer.cancel()
-        if not self.same_session():
+        if not self._end():
             return False
         try:
             message = Release(leases=(self._number,))
-            reply = await self._link.call_carrier(FrameType.RELEASE, message)
+            reply = await self._link.call(FrameType.RELEASE, message, carrier=True)
         except KVStoreError:
             return False
         assert isinstance(reply, ReleaseReply)
-        return self.held and reply.held[0]
+        return reply.held[0]
 
     def abandon(self) -> None:
-        self._timer.cancel()
-        if self.same_session():
+        if not self._over and self._end():
             self._link.tell(FrameType.RELEASE, Release(leases=(self._number,)))
 
     def same_session(self) -> bool:
         """Whether it holds, as far as is known."""
         self.held = self.held and self._link.memory is self._memory
         return self.held
+
+    def _end(self) -> bool:
+        """Renew it no more; whether the server is to be told."""
+        self._over = True
+        self._timer.cancel()
+        return self.same_session()
 
     def _wait(self) -> asyncio.TimerHandle:
         return self._loop.call_later(self._lease_ms / 1e3 / RENEWALS_PER_LEASE, self._renew)
@@ -141,7 +149,8 @@ class _Lease:
             self._timer = self._wait()
 
     def _renewed(self, reply: Reply) -> None:
-        if not (isinstance(reply, RenewReply) and reply.held[0]):
+        # RELEASE may overtake RENEW, by another connection, and has the last word.
+        if not self._over and not (isinstance(reply, RenewReply) and reply.held[0]):
             self.held = False
 
 
@@ -161,14 +170,7 @@ async def view_at(
     memory = link.memory
     try:
         if not isinstance(memory, SharedMemory) or not memory.views:
-            raise (
-                link.unavailable()
-                if not link.up
-                else Unsupported(
-                    f"{link.peer} gives no views: they need its unix socket, and a server that was"
-                    " started for this pool alone (--pool)"
-                )
-            )
+            raise _no_views(link)
         arena = await memory.map(namespace.id)
         message = View(
             fetch=Fetch(
@@ -183,25 +185,61 @@ async def view_at(
             verify=verify,
         )
         on_late = partial(_release_late, link)
-        reply = await link.call_carrier(FrameType.VIEW, message, timeout_s, on_late)
+        reply = await link.call(FrameType.VIEW, message, timeout_s, on_late, carrier=True)
+        assert isinstance(reply, ViewReply)
+        if link.memory is not memory:  # lost since the reply came; and the mapping is closed
+            raise TransportError(f"{link.peer} is lost: {link.last_error}")
+        try:
+            blocks = _blocks(reply, arena, namespace.geometry.block_bytes)
+        except RemoteProtocolError:
+            on_late(reply)
+            raise
     except KVStoreError as error:
         views.errors.append(error)
         return
-    assert isinstance(reply, ViewReply)
     views.verify_us += reply.verify_us
     if reply.lease:
         views._leases.append(_Lease(loop, link, memory, reply.lease, reply.lease_ms))
-    block_bytes = namespace.geometry.block_bytes
-    offsets = struct.unpack(f"<{len(indices)}Q", reply.offsets)
-    for position, index in enumerate(indices):
-        outcome = _OUTCOMES[reply.done.outcomes[position]]
-        views.outcomes[index] = outcome
-        if outcome is FetchOutcome.HIT:
-            first = offsets[position]
-            views.blocks[index] = arena[first : first + block_bytes]
+    for index, outcome, block in zip(indices, reply.done.outcomes, blocks, strict=True):
+        views.outcomes[index] = _OUTCOMES[outcome]
+        views.blocks[index] = block
     if FetchOutcome.CORRUPT in reply.done.outcomes:
         bad = [index for index in indices if views.outcomes[index] is FetchOutcome.CORRUPT]
         link.report_corrupt(namespace, [chain.wanted[index] for index in bad])
+
+
+def _no_views(link: PeerLink) -> KVStoreError:
+    if not link.up:
+        return link.unavailable()
+    ours = ""
+    if link.wanted not in (AUTO, SHM):
+        ours = f"; and transport={link.wanted} rules them out here: use {AUTO} or {SHM}"
+    return Unsupported(
+        f"{link.peer} gives no views: they need its unix socket, and a server that was started for"
+        f" this pool alone (--pool) and shares memory with this user (--memory-user){ours}"
+    )
+
+
+def _blocks(reply: ViewReply, arena: memoryview, block_bytes: int) -> list[memoryview | None]:
+    """What can be read, key by key.
+
+    Raises:
+        RemoteProtocolError: It lies nowhere.
+    """
+    outcomes, blocks = reply.done.outcomes, list[memoryview | None]()
+    offsets = struct.unpack(f"<{len(outcomes)}Q", reply.offsets)
+    for outcome, first in zip(outcomes, offsets, strict=True):
+        if outcome >= len(_OUTCOMES):
+            raise RemoteProtocolError(f"VIEW: {outcome} is no outcome")
+        if outcome != FetchOutcome.HIT:
+            blocks.append(None)
+        elif first + block_bytes > len(arena):
+            raise RemoteProtocolError(
+                f"VIEW: {block_bytes} bytes at {first}, in memory of {len(arena)} bytes"
+            )
+        else:
+            blocks.append(arena[first : first + block_bytes])
+    return blocks
 
 
 def _release_late(link: PeerLink, reply: Reply) -> None:

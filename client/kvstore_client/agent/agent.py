@@ -12,6 +12,7 @@ from kvstore.messages import Role
 from kvstore.service.users import parse_users
 from kvstore.serving import Server, ServerOptions
 from kvstore.transport import Marking
+from kvstore.transport.rdma_nodes import endpoint_options
 from kvstore_client.agent.egress import EgressBudget
 from kvstore_client.agent.interface import InterfaceCounter, interface_of
 from kvstore_client.agent.options import AgentOptions, check_options
@@ -52,6 +53,9 @@ class Agent:
 
     def __init__(self, options: AgentOptions, memory: Region | memoryview | None = None) -> None:
         endpoints = check_options(options)
+        for option in ("storage", "listen", "relays"):
+            for endpoint in getattr(endpoints, option):
+                endpoint_options(endpoint, option)
         self.options = options
         self.cluster = Cluster(
             [str(endpoint) for endpoint in endpoints.storage],
@@ -121,7 +125,10 @@ class Agent:
             await self.server.start()
         except BaseException:
             self._close_counter()
-            await self.cluster.close()
+            try:
+                await self.cluster.close()
+            finally:
+                self._close_region()
             raise
         if not self.cluster.reachable:
             logger.warning("no daemon answers yet: %s", ", ".join(self.cluster.endpoints))
@@ -136,8 +143,7 @@ class Agent:
         await self.source.stop()
         await self.cluster.close()
         self._close_counter()
-        if self._region is not None:
-            self._region.close()
+        self._close_region()
 
     def _pacer(self) -> Pacer | None:
         """What bounds what is sent to other nodes, as the options say."""
@@ -164,6 +170,10 @@ class Agent:
         if self._counter is not None:
             self._counter.close()
             self._counter = None
+
+    def _close_region(self) -> None:
+        if self._region is not None:
+            self._region.close()
 
     async def __aenter__(self) -> Agent:
         await self.start()

@@ -117,10 +117,8 @@ async def _findings(common: Common, given: argparse.Namespace) -> list[Finding]:
     asked = _transports(given.transport)
     memory_bytes = parse_size_bytes(given.memory, "--memory")
     peer = _peer(given)
-    options = RdmaOptions()
     is_rdma = peer is not None and peer.scheme == "rdma"
-    if peer is not None and is_rdma:
-        options = endpoint_options(peer, "URI")
+    options = RdmaOptions() if peer is None else endpoint_options(peer, "URI")
     address = "" if peer is None else await source_address(peer)
     rdma = rdma_facts(is_rdma or RDMA in asked, options, address, memory_bytes)
     findings = [*check_rdma(rdma), *check_shared(shared_facts(SHM in asked))]

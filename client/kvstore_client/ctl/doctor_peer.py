@@ -14,6 +14,10 @@ from kvstore_client.ctl.doctor_findings import Finding, Verdict
 #: What may be asked for, in the order in which it is tried.
 TRANSPORTS = ("tcp", "unix", SHM, RDMA)
 _UNIX = "unix://"
+_SHARING = (
+    "run both as the same user (User= of the systemd units), or let the peer share memory with"
+    " this one (--memory-user)"
+)
 
 
 class PeerFacts(NamedTuple):
@@ -119,13 +123,13 @@ def _check_offer(peer: PeerFacts) -> Finding:
         found += "; no shared memory"
         if peer.owner_uid is not None and peer.owner_uid != peer.user_id:
             found += f", since it runs as uid {peer.owner_uid} and this process as {peer.user_id}"
-        remedy = "run both as the same user (User= of the systemd units)"
+        remedy = _SHARING
     elif peer.near_error:
         found += f"; it is on this host, and its socket cannot be used: {peer.near_error}"
-        remedy = "for shared memory run both as the same user, and let it write to the socket"
+        remedy = f"for shared memory {_SHARING}, and let it write to the socket"
     elif peer.local:
         found += f"; it is on this host, and shares no memory by {peer.local}"
-        remedy = "run both as the same user (User= of the systemd units)"
+        remedy = _SHARING
     elif peer.other_space:
         found += "; it is on this machine, and sees other files or another network than we do"
         remedy = "for shared memory, name it by its unix socket, which both must see"
@@ -159,8 +163,8 @@ def not_offered(peer: PeerFacts, asked: Sequence[str]) -> list[Finding]:
     """One finding for each transport that was asked for, and that the peer does not offer."""
     remedies = {
         RDMA: "start it with --listen rdma://HOST:PORT, and name it by that port",
-        SHM: "start it with --listen unix:///PATH (kvagent: --local), as the same user, and name"
-        " it by that",
+        SHM: "start it with --listen unix:///PATH (kvagent: --local), as the same user or with"
+        " --memory-user, and name it by that",
         "tcp": "name it by a tcp:// endpoint",
         "unix": "name it by its unix socket",
     }
@@ -232,7 +236,7 @@ def _remedy(transfer: TransferFacts) -> str:
             " PEER)"
         )
     if transfer.transport == SHM:
-        return "run both as the same user; kvctl doctor on both sides"
+        return f"{_SHARING}; kvctl doctor on both sides"
     return "look at the peer's log: journalctl -u kvstored, or -u kvagent"
 
 

@@ -20,7 +20,9 @@ _FEDORA = "dnf install rdma-core python3-pyverbs"
 def check_library(facts: RdmaFacts) -> Iterator[Finding]:
     """Whether pyverbs loads."""
     library = facts.library
-    verdict = Verdict.FAILED if facts.wanted or facts.files else Verdict.NOT_CHECKED
+    needed = facts.wanted or facts.files
+    verdict = Verdict.FAILED if needed else Verdict.NOT_CHECKED
+    broken = Verdict.FAILED if needed else Verdict.WARNING
     match library.state:
         case Library.LOADS:
             yield Finding("pyverbs", Verdict.OK, "loads, and fits this system's libibverbs")
@@ -32,7 +34,7 @@ def check_library(facts: RdmaFacts) -> Iterator[Finding]:
         case Library.OTHER_RELEASE:
             yield Finding(
                 "pyverbs",
-                verdict if verdict is Verdict.FAILED else Verdict.WARNING,
+                broken,
                 f"is of another release than this system's libibverbs: {library.said}",
                 "remove it (pip uninstall pyverbs) and take both from the distribution:"
                 f" {_DEBIAN}; {_FEDORA}",
@@ -40,14 +42,14 @@ def check_library(facts: RdmaFacts) -> Iterator[Finding]:
         case Library.NO_LIBIBVERBS:
             yield Finding(
                 "pyverbs",
-                verdict if verdict is Verdict.FAILED else Verdict.WARNING,
+                broken,
                 f"does not find libibverbs: {library.said}",
                 f"{_DEBIAN}; {_FEDORA}",
             )
         case Library.OTHER_PYTHON:
             yield Finding(
                 "pyverbs",
-                verdict if verdict is Verdict.FAILED else Verdict.WARNING,
+                broken,
                 f"does not load into Python {library.python}: {library.said}",
                 _own_python(library),
             )

@@ -11,13 +11,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.errors import LocalProtocolError, RefusedError
+from kvstore.errors import LocalProtocolError
 from kvstore.messages import Done, Fetch, FetchOutcome, ServedBy
 from kvstore.protocol import Reply
 from kvstore.transfer import PENDING
 from kvstore_client.jobs import FetchJob
 from kvstore_client.link import PeerLink
-from kvstore_client.linkmemory import NamedMemory
+from kvstore_client.linkmemory import NamedMemory, named_in_request
 from kvstore_client.paths.exchange import Exchange
 
 
@@ -130,12 +130,8 @@ class Shipment:
             memory=named.memory if named else None,
             **self._path.terms(link, job, self.indices),
         )
-        try:
+        with named_in_request(named):
             self._request_id = link.fetch(message, transfer, self._answered)
-        except BaseException as error:
-            if named is not None:
-                named.answered(RefusedError(f"it was not sent: {error}"))
-            raise
         job.borrow(transfer, self._stop)
         try:
             await self._done

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvstore.errors import LocalProtocolError, RefusedError
+from kvstore.errors import LocalProtocolError
 from kvstore.messages import AckLevel, Put, PutDone, PutOutcome
 from kvstore.protocol import Reply
 from kvstore.transfer import PutTransfer
 from kvstore_client.jobs import PutJob
 from kvstore_client.link import PeerLink
-from kvstore_client.linkmemory import NamedMemory
+from kvstore_client.linkmemory import NamedMemory, named_in_request
 from kvstore_client.paths.direct import AgentPath
 from kvstore_client.paths.exchange import Exchange
 
@@ -50,8 +50,8 @@ class StorePath:
         ack: AckLevel,
         on_outcome: Callable[[int, PutOutcome], None],
     ) -> None:
-        """Put some blocks of a job to one peer; return when the peer reads from the caller's
-        memory no more.
+        """Put some blocks of a job to one peer; return when their outcomes are known, and nothing
+        of them is half sent. A peer to which memory was named may read there for longer.
 
         Args:
             indices: Which blocks; not more than the peer takes in one request.
@@ -109,12 +109,8 @@ class _Sending:
             memory=named.memory if named else None,
             **_terms(link, job, self._indices),
         )
-        try:
+        with named_in_request(named):
             self._request_id = link.put(message, transfer, self._answered)
-        except BaseException as error:
-            if named is not None:
-                named.answered(RefusedError(f"it was not sent: {error}"))
-            raise
         job.borrow(transfer, self._stop)
         try:
             await self._done
