@@ -287,20 +287,7 @@ def as_json(options: Options, figures: Sequence[Figure]) -> dict[str, Any]:
         "compute_nic_Bps": options.compute_nic_Bps,
         "report_nic_Bps": options.report_nic_Bps,
         "queue_s": options.queue_s,
-        "figures": [
-            {
-                "measurement": figure.measurement,
-                "name": figure.name,
-                "unit": figure.unit,
-                "value": figure.value,
-                "values": list(figure.values),
-                "at_least": figure.at_least,
-                "at_most": figure.at_most,
-                "met": figure.met,
-                "notes": list(figure.notes),
-            }
-            for figure in figures
-        ],
+        "figures": [figure.plain() for figure in figures],
     }
 
 

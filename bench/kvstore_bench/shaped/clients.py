@@ -8,33 +8,14 @@ from typing import Any
 
 from kvstore.errors import KVStoreError
 from kvstore.loadreport import ReportTable
+from kvstore_bench.relayed import POLICY, relay_all
 from kvstore_client import AsyncClient
-from kvstore_client.selector import Inflight, Plan, PlannedRun, Policy, Request, Selector
+from kvstore_client.selector import Policy
 
 DIRECT = Policy.DIRECT.value
 # No policy of the product: what a measurement of the relay alone needs.
 RELAY = "relay"
 POLICIES = (*(policy.value for policy in Policy), RELAY)
-
-
-class _AllRelayed(Selector):
-    """Sends every block by the first relay, whatever that costs."""
-
-    __slots__ = ()
-
-    def plan(
-        self,
-        request: Request,
-        reports: ReportTable,
-        inflight: Inflight,
-        now: float,
-        draws: Sequence[float],
-    ) -> Plan:
-        if not inflight.ring:
-            return super().plan(request, reports, inflight, now, draws)
-        relay = inflight.ring[0].node_id
-        runs = [PlannedRun(span.first, span.last, span.daemon, relay) for span in request.spans]
-        return Plan(runs, [], 0.0, "everything by the relay")
 
 
 def relays_supported() -> bool:
@@ -57,28 +38,24 @@ async def start_client(
 
     Raises:
         KVStoreError: A daemon does not answer, or the policy needs relays and this client has
-            none.
+            none; with `RELAY`, the relay does not answer.
     """
     if policy != DIRECT and not relays_supported():
         raise KVStoreError(f"policy {policy}: this client knows no relays")
     options: dict[str, Any] = {}
     if policy != DIRECT:
         options["relays"] = list(relays)
-        options["policy"] = Policy.ROUND_ROBIN.value if policy == RELAY else policy
+        options["policy"] = POLICY if policy == RELAY else policy
     client = AsyncClient(list(endpoints), node_id=node_id, **options)
     if reports is not None:
         client.cluster.reports = reports
     await client.start()
     try:
-        if policy == RELAY:
-            # There is no such policy to choose, so that its place is taken from outside. Were
-            # it not there any more, another policy would be measured under this name.
-            paths: Any = vars(client.cluster)["relays"]
-            assert isinstance(paths._selector, Selector), "the selector is elsewhere now"
-            paths._selector = _AllRelayed(Policy.ROUND_ROBIN)
         for endpoint, status in (await client.status()).items():
             if isinstance(status, Exception):
                 raise KVStoreError(f"{endpoint}: {status}")
+        if policy == RELAY:
+            relay_all(client)
     except BaseException:
         await client.close()
         raise

@@ -45,6 +45,20 @@ class Figure:
             return self.value >= self.at_least
         return None if self.at_most is None else self.value <= self.at_most
 
+    def plain(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        return {
+            "measurement": self.measurement,
+            "name": self.name,
+            "unit": self.unit,
+            "value": self.value,
+            "values": list(self.values),
+            "at_least": self.at_least,
+            "at_most": self.at_most,
+            "met": self.met,
+            "notes": list(self.notes),
+        }
+
 
 def table(figures: Sequence[Figure]) -> list[str]:
     """All figures for people: a line each, with its target and whether it is met."""
