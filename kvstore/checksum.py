@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
-from xxhash import xxh3_64_intdigest, xxh32_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest, xxh32_intdigest
 
 CHECKSUM_BYTES = 8
 _MASK = (1 << 64) - 1
@@ -34,6 +34,11 @@ def layer_checksum(layer: Buffer, seed: int, layer_index: int) -> int:
         layer_index: Number of the layer within the block.
     """
     return xxh3_64_intdigest(layer, (seed + layer_index) & _MASK)
+
+
+def layer_hasher(seed: int, layer_index: int) -> xxh3_64:
+    """`layer_checksum` of a layer that comes in parts: `update` with each, then `intdigest`."""
+    return xxh3_64(seed=(seed + layer_index) & _MASK)
 
 
 def layer_checksums(layers: Sequence[Buffer], seed: int, layer_first: int = 0) -> bytes:

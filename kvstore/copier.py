@@ -54,11 +54,15 @@ class Copier:
         if not self._threads:  # closed, or the system has none left: the loop's does it
             self._drain()
 
-    def post(self, call: Callable[[], None]) -> None:
-        """Run a call on the loop's thread, soon, in the order of posting."""
+    def post(self, call: Callable[[], None], wake: bool = True) -> None:
+        """Run a call on the loop's thread, in the order of posting.
+
+        Args:
+            wake: Soon; else with the next one that is to run soon, which must follow.
+        """
         self._calls.append(call)
         # Calls that come before the loop is there go along: to wake it is a system call.
-        if not self._waking:
+        if wake and not self._waking:
             self._waking = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: see `close`
                 self._loop.call_soon_threadsafe(self._deliver)

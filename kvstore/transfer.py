@@ -139,16 +139,16 @@ class FetchTransfer:
         """
         pieces, geometry = self.pieces, self.pieces.geometry
         views: list[memoryview] = []
-        for index, start, take in self._claim(header):
+        for index, start, take in self.claim(header):
             if self._abandoned or self.outcomes[index] != PENDING:
                 views += scratch(take)
             else:
                 views += slice_memory(self.memory[index], geometry, pieces.layer_first, start, take)
         return views
 
-    def _claim(self, header: Header) -> list[tuple[int, int, int]]:
+    def claim(self, header: Header) -> list[tuple[int, int, int]]:
         """Which bytes a DATA frame brings, (key index, where in the block, how many), that none
-        has brought before. Raises as `route`."""
+        has brought before. `data` must follow. Raises as `route`."""
         pieces, filled = self.pieces, self._filled
         piece, offset, left = header.piece, header.piece_offset, header.payload_length
         parts: list[tuple[int, int, int]] = []
@@ -197,7 +197,7 @@ class FetchTransfer:
         Raises:
             RemoteProtocolError: As of `route` and `data`.
         """
-        self._claim(header)
+        self.claim(header)
         for index in corrupt:
             if not 0 <= index < self.pieces.key_count:
                 raise RemoteProtocolError(
@@ -291,13 +291,18 @@ class FetchTransfer:
         if self._verified(index, first, last, expected):
             self._group_done(index, group)
 
+    def seed(self, index: int) -> int:
+        """What the checksums of a block start from."""
+        seed = self._seeds[index]
+        if not seed:
+            seed = self._seeds[index] = block_seed(self._namespace, self.keys[index])
+        return seed
+
     def _verified(self, index: int, first: int, last: int, expected: bytes) -> bool:
         """Whether layers `[first, last)` of a block match their checksums; if not it fails."""
         if self._trusted or self.trusting:
             return True
-        seed = self._seeds[index]
-        if not seed:
-            seed = self._seeds[index] = block_seed(self._namespace, self.keys[index])
+        seed = self.seed(index)
         geometry = self.pieces.geometry
         layers: Sequence[memoryview]
         memory = self.memory[index]
@@ -309,7 +314,11 @@ class FetchTransfer:
             ]
         else:
             layers = memory[first - self.pieces.layer_first : last - self.pieces.layer_first]
-        if layer_checksums(layers, seed, first) == expected:
+        return self._compared(index, layer_checksums(layers, seed, first) == expected)
+
+    def _compared(self, index: int, same: bool) -> bool:
+        """A block was compared with its checksums, and fails if they are not the same."""
+        if same:
             return True
         self.corrupt.append(index)
         self._fail(index, FetchOutcome.CORRUPT)

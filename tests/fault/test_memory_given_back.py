@@ -11,7 +11,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,18 +220,18 @@ def gated_copying(
 ) -> Iterator[tuple[list[int], threading.Event]]:
     """Let a daemon copy so many pieces, and hold it back in the next ones until the event is
     set, or the end."""
-    left, go, real = [count], threading.Event(), copying.copy
+    left, go, real = [count], threading.Event(), copying._copy_piece
 
-    def held(sources: Sequence[memoryview], targets: Sequence[memoryview]) -> None:
+    def held(target: memoryview, source: memoryview) -> None:
         if not left[0]:
             go.wait()
         else:
             left[0] -= 1
-        real(sources, targets)
+        real(target, source)
 
     with monkeypatch.context() as patched:
         patched.setattr(copying, "HERE_BYTES_MAX", 0)
-        patched.setattr(copying, "copy", held)
+        patched.setattr(copying, "_copy_piece", held)
         try:
             yield left, go
         finally:

@@ -12,7 +12,7 @@ class AtOnce:
     def submit(self, job: Callable[[], None]) -> None:
         job()
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None], wake: bool = True) -> None:
         call()
 
 
@@ -31,7 +31,7 @@ class ByHand:
     def submit(self, job: Callable[[], None]) -> None:
         self.jobs.append(job)
 
-    def post(self, call: Callable[[], None]) -> None:
+    def post(self, call: Callable[[], None], wake: bool = True) -> None:
         self.calls.append(call)
 
     def work(self, count: int = 1) -> None:

@@ -12,10 +12,10 @@ from hypothesis import given, strategies as st
 from kvstore.blocksource import Chunk
 from kvstore.layout import Geometry, PieceMap
 from kvstore.messages import FetchOutcome
-from kvstore.protocol import copying
+from kvstore.protocol import copying, strands
 from kvstore.protocol.copying import CopyPuller, CopySink, copy
 from kvstore.protocol.placing import Placed
-from kvstore.protocol.strands import PARTS_MAX, Strands, Worker
+from kvstore.protocol.strands import Strands, Worker
 from kvstore.transfer import BlockMemory, FetchTransfer
 from kvstore.wire import FrameType, Header
 from tests.support.engine import key
@@ -208,6 +208,30 @@ def test_news_are_not_kept_back_for_long(
     call.check([HIT] * 6)
 
 
+@pytest.mark.parametrize("slice_bytes", [1, 7, 40, 64])
+@pytest.mark.parametrize("chunk", [1, 41, 300, MIB])
+@pytest.mark.parametrize("group", [0, 1, 2])
+@pytest.mark.parametrize("layered", [False, True])
+def test_layers_are_verified_in_slices(
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    slice_bytes: int,
+    chunk: int,
+    group: int,
+    layered: bool,
+) -> None:
+    monkeypatch.setattr(copying, "SLICE_BYTES", slice_bytes)
+    store.fill(*KEYS)
+    store.damaged = {KEYS[1], KEYS[5]}
+    store.chunk_bytes = chunk
+    call = Fetching(store, PieceMap(store.geometry, 6, 0, 3, group), KEYS, layered)
+    call.run()
+    call.check([HIT, CORRUPT, HIT, HIT, HIT, CORRUPT])
+    transfer = call.sink._transfer
+    assert {index for index in transfer._digests if index not in (1, 5)} == set()
+    assert not transfer._hashers
+
+
 def test_chunk_is_released_also_when_it_cannot_be_copied(store: Store) -> None:
     released: list[bool] = []
     call = Fetching(store, PieceMap(store.geometry, 1), KEYS[:1])
@@ -320,8 +344,9 @@ def test_put_out_of_memory_that_cannot_be_read_fails() -> None:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is too large to be copied at once."""
+    """Everything is too large to be copied at once, or all of it together."""
     monkeypatch.setattr(copying, "HERE_BYTES_MAX", 0)
+    monkeypatch.setattr(strands, "PARTS_MAX", 2)
 
 
 def give(call: Fetching, count: int) -> None:
@@ -345,18 +370,18 @@ def test_sink_takes_what_the_worker_is_busy_with_and_one_more(call: Fetching) ->
     assert isinstance(worker, ByHand)
     ready: list[int] = []
     call.strands.on_ready = lambda: ready.append(call.strands.count)
-    give(call, PARTS_MAX)
+    give(call, 2)
     assert not call.sink.accepts
     assert call.store.lent
     worker.work()
     assert not call.sink.accepts
     worker.tell()
-    assert ready == [PARTS_MAX - 1]
+    assert ready == [1]
     assert call.sink.accepts
     worker.finish()
     assert call.sink.idle
     assert not call.store.lent
-    assert ready == [PARTS_MAX - 1]  # nobody was refused since
+    assert ready == [1]  # nobody was refused since
 
 
 def test_news_wait_for_the_last_part_that_is_under_way(call: Fetching) -> None:

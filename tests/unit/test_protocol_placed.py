@@ -12,8 +12,8 @@ from kvstore.protocol import (
     ClientProtocol,
     client as client_module,
     copying,
+    strands,
 )
-from kvstore.protocol.strands import PARTS_MAX
 from kvstore.wire import Flags, FrameType
 from tests.support.engine import key
 from tests.support.frames import (
@@ -36,13 +36,15 @@ from tests.support.placed import SOMEWHERE, PlacedPair, RunSink, SlowPuller, run
 
 HIT, MISS, CORRUPT, TIMEOUT, UNAVAILABLE = FetchOutcome
 STORED, EXISTS = PutOutcome.STORED, PutOutcome.EXISTS
+PARTS_MAX = 2
 PLACED, VERIFIED = Flags.PLACED, Flags.PLACED | Flags.VERIFIED
 
 
 @pytest.fixture(autouse=True)
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that is copied is so much that a worker does it."""
+    """All that is copied is so much that a worker does it, and takes no more than two blocks."""
     monkeypatch.setattr(copying, "HERE_BYTES_MAX", 0)
+    monkeypatch.setattr(strands, "PARTS_MAX", PARTS_MAX)
 
 
 @pytest.fixture

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from functools import partial
 
 import pytest
+from hypothesis import given, strategies as st
 
 from kvstore.protocol.strands import PARTS_MAX, Dropped, Strand, Strands
 from tests.support.workers import ByHand
@@ -168,3 +170,56 @@ def test_failure_of_who_is_told_loses_no_count(strands: Strands, worker: ByHand)
         worker.tell()
     assert (strand.count, strands.count) == (0, 0)
     worker.finish()
+
+
+class Woken(ByHand):
+    """Tells the loop only when it is woken.
+
+    Attributes:
+        woken: Whether it was.
+    """
+
+    woken = False
+
+    def post(self, call: Callable[[], None], wake: bool = True) -> None:
+        super().post(call, wake)
+        self.woken |= wake
+
+    def turn(self) -> None:
+        """The loop comes round, if it was woken."""
+        if self.woken:
+            self.woken = False
+            self.tell()
+
+
+@given(st.lists(st.sampled_from(["add", "work", "turn", "drop"]), max_size=80))
+def test_loop_hears_of_everything_in_the_end(steps: list[str]) -> None:
+    worker, told = Woken(), Told()
+    strands = Strands(worker)
+    running = [Strand(strands), Strand(strands)]
+    for number, step in enumerate(steps):
+        strand = running[number % 2]
+        if step == "add":
+            add(strand, told, str(number))
+        elif step == "drop":
+            strand.drop()
+        elif step == "work" and worker.jobs:
+            worker.work()
+        elif step == "turn":
+            worker.turn()
+    while worker.jobs or worker.woken:
+        while worker.jobs:
+            worker.work()
+        worker.turn()
+    assert len(told) == steps.count("add")
+    assert (strands.count, len(worker.calls)) == (0, 0)
+
+
+def test_loop_is_left_alone_for_half_of_the_parts(strands: Strands) -> None:
+    worker = Woken()
+    strand, told = Strand(Strands(worker)), Told()
+    add(strand, told, *map(str, range(PARTS_MAX)))
+    worker.work()
+    assert not worker.woken
+    worker.work(PARTS_MAX // 2 - 1)
+    assert worker.woken
