@@ -343,6 +343,8 @@ class Put(Message, frozen=True, kw_only=True):
         layer_first, layer_last: Layers of an offer; a block may be offered in several. Both 0
             for all, as it must be with what is to be stored.
         lease_ms: How long an offer is kept.
+        retain: Of an offer: keep it as what is retained for this request instead, so that it ends
+            when that is claimed and given back.
         memory: The server takes the bytes from there by itself; no WANT, no DATA.
     """
 
@@ -355,6 +357,7 @@ class Put(Message, frozen=True, kw_only=True):
     layer_first: Annotated[int, Meta(ge=0, le=1024)] = 0
     layer_last: Annotated[int, Meta(ge=0, le=1024)] = 0
     lease_ms: Annotated[int, Meta(ge=0, le=LEASE_MS_MAX)] = 0
+    retain: Retain | None = None
     extents: Extents = ()
     memory: Memory | None = None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.version import VERSION
 from kvstore_bench.command import add_run_parser, flags_with_values
+from kvstore_bench.emulate.command import add_emulate_parser
 from kvstore_bench.generate import add_generate_parser
 from kvstore_bench.replay import add_replay_parser
 from kvstore_bench.simulate import add_simulate_parser
@@ -101,6 +102,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     add_replay_parser(subparsers)
     add_generate_parser(subparsers)
     add_simulate_parser(subparsers)
+    add_emulate_parser(subparsers)
     return parser, dict(subparsers.choices)
 
 

@@ -28,6 +28,7 @@ from kvstore_client.arguments import (
     check_deadline,
     check_layers,
     check_lease,
+    check_offer,
     check_pool_request,
     check_request,
     check_transport,
@@ -38,7 +39,6 @@ from kvstore_client.arguments import (
 from kvstore_client.cluster import Cluster
 from kvstore_client.clusteroptions import ClusterOptions
 from kvstore_client.handles import AsyncFetchHandle, AsyncPutHandle, Claimed, Lease, LookupResult
-from kvstore_client.jobs import Offer
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
 from kvstore_client.relays import check_policy, check_relays
@@ -331,6 +331,7 @@ class AsyncClient:
         first: int = 0,
         chain: bool = True,
         offer_s: float = RETAIN_S,
+        retain_for: tuple[str, int] | None = None,
         deadline_s: float | None = None,
     ) -> AsyncPutHandle:
         """Lay blocks, or some layers of them, into the agent of this node, where peers pull
@@ -343,12 +344,14 @@ class AsyncClient:
                 handle is `quiet`.
             layers: Consecutive layers; all by default.
             offer_s: How long they are kept.
+            retain_for: Name and attempt of the engine's request, as of `fetch`: `claim` and
+                `release` end the offer before its time, with what was retained of the fetch. So
+                the memory is free when who decodes has it all.
 
         Raises:
             LocalProtocolError: An argument is wrong; names it and what was expected. Without an
                 agent all outcomes are UNAVAILABLE, and `errors` say so.
         """
-        span = check_layers(namespace, layers)
         job = put_job(
             namespace,
             keys,
@@ -357,7 +360,7 @@ class AsyncClient:
             chain=chain,
             deadline_s=self.deadline_s if deadline_s is None else deadline_s,
             now=self._running().time(),
-            offer=Offer(span, check_lease(offer_s)),
+            offer=check_offer(namespace, layers, offer_s, retain_for),
         )
         handle = job.handle = AsyncPutHandle(job.deadline_s, job.cancel)
         self.cluster.begin_put(job, AckLevel.MEMORY)

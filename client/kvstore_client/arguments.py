@@ -100,6 +100,21 @@ def check_retain(retain_for: tuple[str, int] | None, retain_s: float) -> Retain 
     return Retain(request=request, attempt=attempt, lease_ms=max(1, check_lease(retain_s)))
 
 
+def check_offer(
+    namespace: Namespace,
+    layers: range | None,
+    offer_s: float,
+    retain_for: tuple[str, int] | None,
+) -> Offer:
+    """What is offered, for how long, and for which request of the engine.
+
+    Raises:
+        LocalProtocolError: As of the checks of each.
+    """
+    span, lease_ms = check_layers(namespace, layers), check_lease(offer_s)
+    return Offer(span, lease_ms, check_retain(retain_for, offer_s))
+
+
 def check_request(request: str, attempt: int) -> tuple[str, int]:
     """An engine's name of a request, and the number of its attempt.
 

@@ -17,14 +17,13 @@ from kvstore.messages import AckLevel, PoolInfo, Status
 from kvstore_client.aio import DEADLINE_S, RETAIN_S, VIEW_LEASE_S, AsyncClient
 from kvstore_client.arguments import (
     check_ack,
-    check_layers,
-    check_lease,
+    check_offer,
     fetch_job,
     fetch_route,
     put_job,
 )
 from kvstore_client.handles import Claimed, FetchHandle, Lease, LookupResult, PutHandle
-from kvstore_client.jobs import Offer, PutJob
+from kvstore_client.jobs import PutJob
 from kvstore_client.link import closed_error
 from kvstore_client.memory import Region
 from kvstore_client.namespaces import Namespace
@@ -231,10 +230,10 @@ class Client:
         first: int = 0,
         chain: bool = True,
         offer_s: float = RETAIN_S,
+        retain_for: tuple[str, int] | None = None,
         deadline_s: float | None = None,
     ) -> PutHandle:
         """See `AsyncClient.offer`."""
-        span = check_layers(namespace, layers)
         job = put_job(
             namespace,
             keys,
@@ -243,7 +242,7 @@ class Client:
             chain=chain,
             deadline_s=self._client.deadline_s if deadline_s is None else deadline_s,
             now=self._running().time(),
-            offer=Offer(span, check_lease(offer_s)),
+            offer=check_offer(namespace, layers, offer_s, retain_for),
         )
         return self._begin_put(job, AckLevel.MEMORY)
 

@@ -452,10 +452,12 @@ class Offer(NamedTuple):
     Attributes:
         layers: Which layers; consecutive.
         lease_ms: How long they are kept.
+        retain: The request of the engine for which they are.
     """
 
     layers: range
     lease_ms: int
+    retain: Retain | None = None
 
 
 class PutJob(Job):

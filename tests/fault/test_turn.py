@@ -155,7 +155,13 @@ async def offer(on: Turn, layer: int) -> None:
     begin = sum(LAYERS[:layer])
     blocks = [block[begin : begin + LAYERS[layer]] for block in contents(NEW)]
     handle = on.engine_p.offer(
-        on.namespace, KEYS, blocks, layers=range(layer, layer + 1), first=HITS, offer_s=60
+        on.namespace,
+        KEYS,
+        blocks,
+        layers=range(layer, layer + 1),
+        first=HITS,
+        offer_s=60,
+        retain_for=REQUEST,
     )
     result = await handle
     await handle.quiesced()
@@ -203,6 +209,10 @@ async def test_in_a_turn_each_byte_leaves_storage_once_and_crosses_where_it_must
         await handle.quiesced()
         assert (await on.engine_p.lookup(on.namespace, KEYS)).prefix == len(KEYS)
         assert await on.engine_d.release([claimed.lease]) == 1
+        # What P has loaded and computed is kept until its engine lets it go.
+        kept = await on.engine_p.claim(*REQUEST)
+        assert kept.block_count == len(KEYS)
+        assert await on.engine_p.release([kept.lease]) == 1
         await nothing_is_held(on.prefill, on.decode)
 
         counted, new = await on.counted(), len(NEW)

@@ -55,6 +55,7 @@ def test_defaults() -> None:
         memory_bytes=GIB,
         token="",
         copies=1,
+        drop_idle=False,
         verify_relayed=False,
         relay_rate_Bps=0,
         link_rate_Bps=0,
@@ -205,6 +206,7 @@ def test_everything_can_be_chosen() -> None:
         *("--listen", "tcp://[::1]:0", "--local", "unix:///run/kv/agent.sock"),
         *("--relay", "tcp://d1:7460", "--relay=tcp://d2:7460", "--policy", "shortest_queue"),
         *("--memory", "512M", "--node-id", "prefill-1", "--copies", "2", "--verify-relayed"),
+        "--drop-idle",
         *("--relay-rate", "50MB/s", "--link-rate", "400mbit", "--interface", "ib0"),
         *("--priority", "0", "--dscp", "1", "--pool-readers", "a=p1,p2", "--pool-readers=b=p1"),
         *("--drain", "0.5", "--insecure", "--log-level", "debug"),
@@ -219,6 +221,7 @@ def test_everything_can_be_chosen() -> None:
         policy="shortest_queue",
         memory_bytes=512 * MIB,
         copies=2,
+        drop_idle=True,
         verify_relayed=True,
         relay_rate_Bps=50 * MIB,
         link_rate_Bps=50_000_000,
@@ -303,9 +306,9 @@ def test_errors_name_options_as_they_are_typed(capsys: pytest.CaptureFixture[str
     for field in msgspec.structs.fields(AgentOptions):
         if field.name in NAMES:
             assert f"  {NAMES[field.name]}" in text
-    # Of the rest one is a flag, which nothing is wrong with, and no command has these.
+    # Of the rest two are flags, which nothing is wrong with, and no command has these.
     rest = {field.name for field in msgspec.structs.fields(AgentOptions)} - set(NAMES)
-    assert rest == {"verify_relayed", "token", "deadline_s", "connect_timeout_s"}
+    assert rest == {"drop_idle", "verify_relayed", "token", "deadline_s", "connect_timeout_s"}
 
 
 def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

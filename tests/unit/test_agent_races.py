@@ -74,6 +74,7 @@ async def test_a_block_that_was_deleted_while_it_was_offered_comes_from_storage(
         bytes(3 * 8),
         bench.loop.time,
         10.0,
+        None,
         False,
         bench.counters,
     )
@@ -107,6 +108,7 @@ def offer(bench: FillBench, number: int, retentions: Retentions, layers: range) 
         layer_checksums(parts, seed, layers.start),
         bench.loop.time,
         10.0,
+        None,
         True,
         bench.counters,
     )
@@ -175,6 +177,7 @@ async def test_a_key_that_is_offered_twice_is_decided_once_each_when_that_is_giv
         bytes(2 * 3 * 8),
         bench.loop.time,
         10.0,
+        None,
         False,
         bench.counters,
     )

@@ -5,6 +5,12 @@
     parent ──▶ engine    Setup, then any number of Prefill and Decode, as turns come
     engine ──▶ parent    Ready; Prefilled and Decoded, each when it is over, in any order
 
+    prefill engine ── Loaded ──▶ parent ── Decode ──▶ decode engine
+    decode engine ── Received ──▶ parent ── Release ──▶ prefill engine
+
+A turn is told to who decodes when its hits are loaded. Earlier his agent would ask that of the
+prefill node for blocks that it is to relay, and then relays none of them.
+
 All times are those of `time.monotonic`, which the processes of one host share.
 """
 
@@ -61,6 +67,13 @@ class Prefill(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     deadline_s: float
 
 
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """No hit of a prefill is on its way any more: who decodes may be told. Not said of one that
+    has failed before."""
+
+    turn: str
+
+
 class Prefilled(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A prefill is over.
 
@@ -105,6 +118,19 @@ class Decode(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     deadline_s: float
 
 
+class Received(msgspec.Struct, frozen=True, tag=True):
+    """No block of a prompt is on its way any more: who prefilled may be told. Not said of one that
+    has failed before."""
+
+    turn: str
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Who decodes has all: let go of the hits of a prefill. Without, they stay for a minute."""
+
+    turn: str
+
+
 class Decoded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """A turn is over.
 
@@ -129,16 +155,19 @@ class Decoded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     error: str = ""
 
 
-ToEngine = Setup | Prefill | Decode
-FromEngine = Ready | Prefilled | Decoded
+ToEngine = Setup | Prefill | Decode | Release
+FromEngine = Ready | Loaded | Prefilled | Received | Decoded
 
 __all__ = [
     "Decode",
     "Decoded",
     "FromEngine",
+    "Loaded",
     "Prefill",
     "Prefilled",
     "Ready",
+    "Received",
+    "Release",
     "Setup",
     "ToEngine",
 ]

@@ -76,6 +76,10 @@ class Agent:
             memory = self._region = Region(options.memory_bytes, "kvagent-pool")
         self._memory = memory
         pool = WatchedPool(memory.view if isinstance(memory, Region) else memory)
+        self._pool = pool
+        self._dropping = False  # in the next turn of the loop
+        if options.drop_idle:
+            pool.on_idle = self._drop_soon
         self.source = AgentSource(self.cluster, pool, options.pool_readers, options.verify_relayed)
         self.server = Server(
             self.source,
@@ -170,6 +174,16 @@ class Agent:
         if self._counter is not None:
             self._counter.close()
             self._counter = None
+
+    def _drop_soon(self) -> None:
+        # Not at once: whoever has made a block idle may be about to lease it.
+        if not self._dropping:
+            self._dropping = True
+            asyncio.get_running_loop().call_soon(self._drop_idle)
+
+    def _drop_idle(self) -> None:
+        self._dropping = False
+        self._pool.evict_idle()
 
     def _close_region(self) -> None:
         if self._region is not None:

@@ -114,6 +114,7 @@ def parse_config(arguments: Sequence[str], host_name: str, process_id: int) -> C
         policy=given.policy,
         memory_bytes=parse_size_bytes(given.memory, "--memory"),
         copies=_whole(given.copies, "--copies"),
+        drop_idle=given.drop_idle,
         verify_relayed=given.verify_relayed,
         relay_rate_Bps=parse_rate_Bps(given.relay_rate, "--relay-rate"),
         link_rate_Bps=parse_rate_Bps(given.link_rate, "--link-rate"),
@@ -145,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         default=format_size_bytes(MEMORY_BYTES),
         help="size of the pool that blocks pass through and stay in, which is allocated and"
         " touched at start, as in 512MiB or 64GiB (default %(default)s)",
+    )
+    parser.add_argument(
+        "--drop-idle",
+        action="store_true",
+        help="let blocks go as soon as no request needs them: the memory is a buffer, and no cache"
+        " (default: they stay until there is no room)",
     )
     parser.add_argument(
         "--node-id",

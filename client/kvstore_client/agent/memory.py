@@ -176,6 +176,7 @@ class BlockPool:
         evicted_count: Blocks that had to go for others, since the beginning.
         on_room: Told when a reservation that has failed may succeed now. It is told from
             within `unpin`, `unlease` and `drop`, once for all that have failed before.
+        on_idle: Told when a block may be evicted from now on, from within what has made it so.
         on_dropped: Told of each block that `drop` is called for, once; not of evictions, since
             nobody has asked to keep those.
     """
@@ -191,6 +192,7 @@ class BlockPool:
         self.pinned_count = 0
         self.evicted_count = 0
         self.on_room: Callable[[], None] = _nothing
+        self.on_idle: Callable[[], None] = _nothing
         self.on_dropped: Callable[[HeldBlock], None] = _nothing
         self._memory = memory
         self._allocator = ExtentAllocator(page_count)
@@ -316,6 +318,15 @@ class BlockPool:
         if freed:
             self._tell_room()
 
+    def evict_idle(self) -> None:
+        """Evict all blocks that nobody keeps, needed or not."""
+        evicted: list[HeldBlock] = []
+        for block in list(self._idle):
+            self._evict(block, evicted)
+        _tell(evicted)
+        if evicted:
+            self._tell_room()
+
     def check(self) -> None:
         """Assert that the books agree with the blocks."""
         self._allocator.check()
@@ -431,6 +442,7 @@ class BlockPool:
         self._idle_bytes += block.size_bytes
         if not block.ready:
             self._idle.move_to_end(block, last=False)  # nobody misses it
+        self.on_idle()
 
     def _set_busy(self, block: HeldBlock) -> None:
         del self._idle[block]

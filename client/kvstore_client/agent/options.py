@@ -70,6 +70,8 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes: Size of the pool that blocks pass through and stay in.
         token: Credentials for daemons and agents that ask for them.
         copies: Daemons that get each block: 1, or 2 to survive the loss of one.
+        drop_idle: Evict blocks as soon as no request needs them, instead of keeping them for
+            the next one until there is no room.
         verify_relayed: Check also what only passes through; the last reader does in any case.
         relay_rate_Bps: Cap of what is sent to other nodes; 0 for none.
         link_rate_Bps: Capacity of the compute network's interface: what is sent to other
@@ -98,6 +100,7 @@ class AgentOptions(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int = MEMORY_BYTES
     token: str = ""
     copies: int = 1
+    drop_idle: bool = False
     verify_relayed: bool = False
     relay_rate_Bps: int = 0
     link_rate_Bps: int = 0

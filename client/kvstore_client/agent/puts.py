@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 from kvstore.blocksource import PutStream
 from kvstore.checksum import CHECKSUM_BYTES, block_seed, layer_checksums
-from kvstore.messages import REASONS_MAX, AckLevel, PutOutcome
+from kvstore.messages import REASONS_MAX, AckLevel, PutOutcome, Retain
 from kvstore.transfer import PENDING
 from kvstore_client.agent.memory import BlockPool, HeldBlock, layer_mask
 from kvstore_client.agent.retention import Retentions
@@ -392,6 +392,7 @@ class OfferPut(_PoolPut):
         layers: Which layers.
         clock: Seconds of the clock of `retentions`.
         lease_s: How long it is kept, from when it has come.
+        retain: The request of the engine that it is kept for; None for none.
         verify: Whether layers are compared with their checksums; their reader does it anyway.
         counters: Counts `offer_bytes` (received), `offer_stored`, `offer_exists`, ...
     """
@@ -408,12 +409,14 @@ class OfferPut(_PoolPut):
         checksums: bytes,
         clock: Callable[[], float],
         lease_s: float,
+        retain: Retain | None,
         verify: bool,
         counters: Counter[str],
     ) -> None:
         super().__init__(pool, namespace, keys, layers, checksums, clock, counters)
         self._retentions = retentions
         self._lease_s = lease_s
+        self._retain = retain
         self._verify = verify
         # Blocks that came apart and of which others still bring layers.
         self._apart: dict[int, HeldBlock] = {}
@@ -527,7 +530,11 @@ class OfferPut(_PoolPut):
 
     def _kept(self, block: HeldBlock, outcome: PutOutcome) -> PutOutcome:
         """An outcome that promises to keep a block, or FULL: it may go at any time."""
-        kept = self._retentions.offer(block, self._clock() + self._lease_s)
+        retain, ends_at = self._retain, self._clock() + self._lease_s
+        if retain is None:
+            kept = self._retentions.offer(block, ends_at)
+        else:
+            kept = self._retentions.retain(retain.request, retain.attempt, [block], ends_at)
         return outcome if kept else PutOutcome.FULL
 
 

@@ -405,6 +405,7 @@ class AgentSource(BlockSource):
             checksums,
             clock,
             (request.lease_ms or OFFER_LEASE_MS) / 1e3,
+            request.retain,
             self._verify,
             self._counts,
         )

@@ -29,6 +29,7 @@ def _terms(link: PeerLink, job: PutJob, indices: Sequence[int]) -> dict[str, Any
             "layer_first": layers.start,
             "layer_last": layers.stop,
             "lease_ms": job.offer.lease_ms,
+            "retain": job.offer.retain,
         }
     return {"extents": job.extents(indices)} if link.is_agent else {}
 
