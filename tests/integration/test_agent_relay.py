@@ -602,3 +602,29 @@ async def test_a_report_of_corrupt_blocks_drops_the_bad_copy_only() -> None:
             assert agent.counter("blocks_corrupt") == 1
             await until(lambda: node.server.counters["requests_corrupt_report"])
             assert agent.block(namespace, keys[0]) is not None
+
+
+async def test_an_agent_that_drops_idle_blocks_is_a_buffer_and_no_cache(tmp_path: Path) -> None:
+    async with (
+        serve() as (node,),
+        run_agents([node], local=tmp_path, drop_idle=True) as (agent,),
+        connected([node]) as writer,
+        connected(agent.local) as engine,
+    ):
+        keys = chain(8)
+        await store_blocks(writer, await open_pool(writer), keys)
+        namespace = await open_pool(engine)
+        pool = agent.agent.source.pool
+        for _ in range(2):
+            result = await fetch_blocks(engine, namespace, keys)
+            assert result.served_by == [ServedBy.DIRECT] * len(keys), "nothing was held"
+            await until(lambda: not pool.block_count)
+        # What is kept for somebody stays until he lets it go.
+        handle = engine.offer(namespace, keys, contents(keys), retain_for=("turn", 1))
+        assert (await handle).outcomes == [PutOutcome.STORED] * len(keys)
+        await handle.quiesced()
+        assert pool.block_count == len(keys)
+        claimed = await engine.claim("turn", 1)
+        assert claimed.block_count == len(keys)
+        assert await engine.release([claimed.lease]) == 1
+        await until(lambda: not pool.block_count)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstore_bench.daemons import DaemonFailed, Daemons
+from kvstore_bench.daemons import LOOPBACK, Command, DaemonFailed, Daemons, Servers
 from kvstore_bench.job import Job
 from kvstore_bench.jobservers import servers_of
 from tests.support.orphans import TIMEOUT_S, has_ended
@@ -170,6 +170,97 @@ def test_without_checksums_every_byte_may_still_be_compared(path: str) -> None:
     assert job["job options"]["verify_checksums"] == "0"
     assert job["blocks"]["checked"] > 0
     assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--transport=tcp", "--order=layer"],
+        ["--transport=tcp", "--order=block"],
+        ["--transport=shm", "--order=layer"],
+        ["--path=relay"],
+        ["--path=agent"],
+    ],
+)
+def test_blocks_of_a_model_go_into_tensors_of_layers(words: list[str]) -> None:
+    rw = "read" if "--path=relay" in words else "randrw"
+    words = [*words, "--model=qwen3-30b-a3b", "--page_tokens=2", "--layout=layer", f"--rw={rw}"]
+    words += ["--batch=4", "--size=8m", "--iodepth=2", "--verify=1"]
+    (job,) = run_json("--name=a", *words)["jobs"]
+    assert (job["job options"]["bs"], job["job options"]["layers"]) == ("196608", "48")
+    moved = job["read"]["io_bytes"] + job["write"]["io_bytes"]
+    assert moved == (8 << 20) // 786432 * 786432
+    assert job["blocks"]["checked"] > 0
+    assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.parametrize("path", ["direct", "relay", "agent", "views"])
+def test_what_was_never_stored_is_a_miss_on_every_path(path: str) -> None:
+    words = ["--name=a", "--rw=randread", f"--path={path}", "--hit_rate=62.5", "--verify=1"]
+    (job,) = run_json(*words, *SMALL)["jobs"]
+    assert job["error"] == 0
+    assert job["blocks"]["outcomes"] == {"hit": 80, "miss": 48}
+    assert job["hit_rate"] == {"asked": 62.5, "percent": 62.5}
+    assert (job["blocks"]["checked"], job["blocks"]["wrong"]) == (80, 0)
+    assert (job["read"]["io_bytes"], job["read"]["short_ios"]) == (5 << 20, 0)
+
+
+def test_ios_of_a_rate_begin_when_they_are_due() -> None:
+    words = ["--name=a", "--rw=randrw", "--rate_iops=100", "--rate_process=poisson", *SMALL]
+    (job,) = run_json(*words, "--runtime=1", "--time_based", "--verify=1")["jobs"]
+    ios = job["read"]["total_ios"] + job["write"]["total_ios"]
+    # Poisson: ten standard deviations. A machine that stalls does fewer.
+    assert 0 < ios < 200
+    assert job["rate"]["process"] == "poisson"
+    assert job["rate"]["iops_asked"] == 100
+    for direction in (job["read"], job["write"]):
+        assert direction["wait_ns"]["N"] == direction["total_ios"]
+        parts = sum(direction[name]["mean"] for name in ("wait_ns", "slat_ns", "clat_ns"))
+        assert direction["lat_ns"]["mean"] == pytest.approx(parts)
+
+
+def test_a_rate_that_cannot_be_kept_says_so() -> None:
+    words = ["--ioengine=null", "--rate_iops=1000000", "--runtime=300ms", "--time_based"]
+    done = kvbench("--name=a", *words, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rate +: asked 1000000 IOPS, did \d+; fell behind: 0\.\d+ s", done.stdout)
+    assert "lat percentiles" in done.stdout
+
+
+def test_reads_go_by_both_paths_as_the_selector_decides() -> None:
+    words = ["--name=a", "--path=auto", "--rw=randrw", "--verify=1", *SMALL]
+    (job,) = run_json(*words)["jobs"]
+    assert job["blocks"]["wrong"] == 0
+    # How much goes by which depends on the machine.
+    assert set(job["read"]["paths"]) <= {"direct", "relay"}
+    assert job["write"]["paths"].keys() == {"direct"}
+
+
+@pytest.mark.asyncio
+async def test_agents_that_run_already_are_relays() -> None:
+    async with Daemons(1, 64 << 20) as daemons:
+        options = ("--storage", daemons.endpoints[0], "--node-id", "given")
+        agent = Command(
+            "kvagent", "kvstore_client.agent", (*options, "--listen", LOOPBACK), 1 << 24
+        )
+        async with Servers([agent]) as agents:
+            words = ["--name=a", "--path=relay", "--verify=1", *SMALL]
+            words.append(f"--endpoint={daemons.endpoints[0]}")
+            words.append(f"--relay={agents.endpoints[0]}")
+            (job,) = run_json(*words)["jobs"]
+    assert job["read"]["paths"]["relay"] > 0
+    assert job["cpu"]["server_s"] is None
+    assert job["blocks"]["wrong"] == 0
+
+
+@pytest.mark.asyncio
+async def test_a_fallback_is_no_result_where_a_transport_is_required() -> None:
+    async with Daemons(1, 32 << 20) as daemons:
+        words = ["--name=a", f"--endpoint={daemons.endpoints[0]}", *SMALL]
+        (job,) = run_json(*words, "--require_transport=tcp,shm")["jobs"]
+        assert job["read"]["transports"] == {"tcp": 8 << 20}
+        (job,) = run_json(*words, "--require_transport=shm,rdma", status=1)["jobs"]
+    assert "bytes travelled by tcp: require_transport=rdma,shm was asked for" in job["error_text"]
 
 
 def test_clones_share_memory_with_one_daemon() -> None:

@@ -94,6 +94,14 @@ class PoolMachine(RuleBasedStateMachine):
         self._write(block)
         return block
 
+    @rule()
+    def evict_idle(self) -> None:
+        """All that nobody keeps goes, and nothing else."""
+        kept = {block for block in self.written if self._kept(block)}
+        self.pool.evict_idle()
+        assert self.pool.reclaimable_bytes == self.pool.free_bytes
+        assert all(block.view for block in kept)
+
     @rule(block=blocks)
     def pin(self, block: HeldBlock) -> None:
         if self.pins.get(block) or not block.dropped:

@@ -9,7 +9,7 @@ import pytest
 from kvstore.errors import KVStoreError
 from kvstore_bench.__main__ import main
 from kvstore_bench.command import flags_with_values
-from kvstore_bench.job import OPTIONS
+from kvstore_bench.options import OPTIONS
 
 
 def test_a_flag_alone_does_not_take_the_next_word() -> None:

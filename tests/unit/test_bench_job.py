@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 
 from kvstore.errors import ConfigError
-from kvstore_bench.job import (
-    OPTIONS,
-    TRANSPORTS,
-    Assignment,
-    Job,
-    JobError,
-    build_job,
-    parse_duration_s,
-)
+from kvstore_bench.job import Assignment, Job, JobError, build_job
 from kvstore_bench.jobfile import assemble, groups
+from kvstore_bench.models import MODELS
+from kvstore_bench.options import OPTIONS, TRANSPORTS, parse_duration_s
 from kvstore_client import transports
 from tests.support.tree import ROOT
 
@@ -91,7 +85,7 @@ def test_stonewall_begins_a_group() -> None:
         ({"size": "1m"}, r"size=1m: must hold one I/O: bs \* batch = 16MiB"),
         ({"layers": "3"}, r"layers=3: must divide bs"),
         ({"endpoint": "localhost"}, r"endpoint=localhost: must be one of tcp"),
-        ({"path": "detour"}, r"path=detour: must be direct or relay or agent or views"),
+        ({"path": "detour"}, r"path=detour: must be direct or relay or auto or agent or views"),
         ({"transport": "udp"}, r"transport=udp: must be auto or tcp or unix or shm or rdma"),
         ({"path": "relay", "transport": "shm"}, r"transport=shm: path=relay goes by tcp or rdma"),
         ({"path": "relay", "transport": "unix"}, r"transport=unix: path=relay goes by tcp or rdma"),
@@ -113,6 +107,44 @@ def test_stonewall_begins_a_group() -> None:
         ({"bs": ""}, r"bs=: needs a value: SIZE"),
         ({"ioengine": "raw", "rw": "randrw"}, r"rw=randrw: must be read or write"),
         ({"ioengine": "raw", "verify": "1"}, r"verify=1: ioengine=raw stores nothing"),
+        ({"model": "gpt-2"}, r"model=gpt-2: must be deepseek-v3 or"),
+        ({"page_tokens": "16"}, r"page_tokens=16: needs model=NAME"),
+        ({"model": "llama-3.1-8b", "bs": "1m"}, r"bs=1m: follows from model=llama-3.1-8b before"),
+        ({"model": "llama-3.1-8b", "layers": "2"}, r"layers=2: follows from model=llama-3.1-8b"),
+        (
+            {"model": "llama-3.1-405b", "page_tokens": "1024"},
+            r"model=llama-3.1-405b: blocks of 1024 tokens \(page_tokens\) have 528482304 bytes:"
+            r" must be a multiple of 8, up to 256MiB",
+        ),
+        ({"layout": "layer"}, r"layout=layer: a block of one layer is one piece; give layers=N"),
+        (
+            {"layout": "layer", "layers": "64", "bs": "4k", "path": "views"},
+            r"layout=layer: path=vi",
+        ),
+        ({"layout": "layer", "layers": "4", "bs": "24"}, r"layout=layer: layers of 6 bytes are no"),
+        ({"hit_rate": "101"}, r"hit_rate=101: must be a percentage from 0 to 100"),
+        ({"hit_rate": "most"}, r"hit_rate=most: must be a percentage"),
+        ({"rate": "0"}, r"rate=0: must be above 0"),
+        ({"rate": "1m"}, r"rate=1m: an I/O of 16MiB would be due every 16 s; at most 5 s"),
+        ({"rate": "1g", "rate_iops": "5"}, r"rate_iops=5: rate says the same in bytes"),
+        ({"rate_process": "poisson"}, r"rate_process=poisson: needs rate=SIZE or rate_iops=N"),
+        ({"rate_iops": "5", "ioengine": "raw"}, r"rate_iops=5: ioengine=raw is the limit"),
+        ({"relay": "tcp://a:1"}, r"relay=tcp://a:1: path=direct goes by no agent"),
+        ({"relay": "tcp://a:1", "path": "relay"}, r"relay=tcp://a:1: needs endpoint=URI"),
+        (
+            {"relay": "tcp://a:1", "path": "auto", "endpoint": "tcp://b:1", "held": "1"},
+            r"held=1: the agents of relay=URI have the memory",
+        ),
+        ({"require_transport": "shm"}, r"require_transport=shm: needs endpoint=URI"),
+        (
+            {"require_transport": "shm", "transport": "tcp", "endpoint": "tcp://a:1"},
+            r"require_transport=shm: transport=tcp requires it already",
+        ),
+        (
+            {"require_transport": "shm", "path": "relay", "endpoint": "tcp://a:1"},
+            r"require_transport=shm: path=relay goes by tcp or rdma",
+        ),
+        ({"require_transport": "auto"}, r"require_transport=auto: must be tcp or unix"),
         ({"direct": "1"}, r"direct=1: no such option; there are ioengine, rw"),
     ],
 )
@@ -166,6 +198,71 @@ def test_times_that_are_none(text: str) -> None:
 def test_endpoints_are_a_list() -> None:
     found = job(endpoint="tcp://10.0.0.7:1, unix:///run/k.sock").endpoint
     assert found == ("tcp://10.0.0.7:1", "unix:///run/k.sock")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_says_how_large_blocks_and_layers_are(name: str) -> None:
+    model = MODELS[name]
+    found = job(model=name, page_tokens="16")
+    assert (found.bs, found.layers) == (16 * model.token_bytes, model.layers)
+    assert found.bs == 16 * model.layers * model.layer_bytes
+
+
+# Computed apart: layers * 2 * KV heads * head size * 2, or layers * (512 + 64) * bytes.
+TOKEN_BYTES = {
+    "deepseek-v3": 70_272,
+    "deepseek-v3-fp8": 35_136,
+    "deepseek-v3.2": 48_068,
+    "kimi-k2": 70_272,
+    "gpt-oss-120b": 73_728,
+    "qwen3-30b-a3b": 98_304,
+    "mistral-7b": 131_072,
+    "llama-3.1-8b": 131_072,
+    "qwen3-8b": 147_456,
+    "qwen3-235b-a22b": 192_512,
+    "qwen2.5-32b": 262_144,
+    "qwen3-32b": 262_144,
+    "qwen2.5-72b": 327_680,
+    "llama-3.1-70b": 327_680,
+    "llama-3.1-405b": 516_096,
+}
+
+
+def test_tokens_have_the_bytes_that_are_known_of_their_models() -> None:
+    assert {name: model.token_bytes for name, model in MODELS.items()} == TOKEN_BYTES
+
+
+def test_pages_have_64_tokens_unless_something_else_is_said() -> None:
+    assert job(model="LLAMA-3.1-8B").bs == 64 * 131_072
+
+
+def test_a_model_replaces_what_was_said_before_it() -> None:
+    found = job(bs="4k", layers="2", model="qwen3-8b")
+    assert (found.bs, found.layers) == (64 * 147_456, 36)
+    assert found.given == (("model", "qwen3-8b"),)
+    assert job(page_tokens="16", model="qwen3-8b").bs == 16 * 147_456
+
+
+@pytest.mark.parametrize(
+    ("options", "interval_s"),
+    [
+        ({}, 0),
+        ({"rate_iops": "50"}, 0.02),
+        ({"rate": "160m"}, 0.1),
+        ({"rate": "160m", "batch": "8"}, 0.05),
+    ],
+)
+def test_a_rate_says_how_often_ios_are_due(options: dict[str, str], interval_s: float) -> None:
+    assert job(**options).io_interval_s == pytest.approx(interval_s)
+
+
+def test_percentages_are_written_in_either_way() -> None:
+    assert job(hit_rate="98.7").hit_rate == job(hit_rate="98.7%").hit_rate == 98.7
+
+
+def test_a_fallback_can_be_refused_among_several() -> None:
+    found = job(endpoint="tcp://a:1", require_transport="rdma, shm")
+    assert (found.require_transport, found.client_transport) == (("rdma", "shm"), "auto")
 
 
 def test_every_option_is_a_field_and_every_field_an_option() -> None:

@@ -83,12 +83,48 @@ def engine(transport: str) -> KvEngine:
     [("auto", [BY_TCP, BY_SHM]), ("tcp", [BY_TCP]), ("shm", [BY_SHM, BY_SHM]), ("rdma", [])],
 )
 def test_bytes_that_came_as_asked_are_no_error(transport: str, travelled: list[Travelled]) -> None:
-    assert unasked(transport, travelled) == ""
+    assert unasked(Job(name="a", transport=transport), travelled) == ""
 
 
 def test_bytes_that_came_otherwise_are_an_error() -> None:
-    said = unasked("shm", [BY_SHM, BY_UNIX, BY_TCP])
+    said = unasked(Job(name="a", transport="shm"), [BY_SHM, BY_UNIX, BY_TCP])
     assert said == "bytes travelled by tcp, unix: transport=shm was asked for"
+
+
+@pytest.mark.parametrize(
+    ("required", "said"),
+    [
+        (("shm", "unix"), ""),
+        (("shm",), "bytes travelled by unix: require_transport=shm was asked for"),
+        (("tcp", "rdma"), "bytes travelled by shm, unix: require_transport=rdma,tcp was asked for"),
+    ],
+)
+def test_a_fallback_is_an_error_where_it_is_not_among_those_required(
+    required: tuple[str, ...], said: str
+) -> None:
+    assert unasked(Job(name="a", require_transport=required), [BY_SHM, BY_UNIX]) == said
+
+
+def test_the_layout_of_a_models_blocks_names_it() -> None:
+    job = Job(name="a", model="qwen3-8b", bs=16 * 147_456, layers=36, page_tokens=16)
+    found = module.layout(job)
+    assert (found.model_id, found.dtype, found.block_tokens) == ("qwen3-8b", "bfloat16", 16)
+    assert found.layer_bytes == (65_536,) * 36
+
+
+@pytest.mark.parametrize("layout", ["block", "layer"])
+def test_memory_is_given_as_the_layout_says(layout: str) -> None:
+    job = Job(name="a", batch=3, bs=64, size=192, layers=2, layout=layout, iodepth=2)
+    one = KvEngine(Task(job=job, endpoints=("unix:///run/x",)))
+    region = memoryview(bytearray(range(192)) * 2)
+    one._lay_out(region)
+    region[:192] = bytes(range(192))
+    if layout == "block":
+        assert one._memory(0, 2) == region[:128]
+        return
+    first, second = one._memory(0, 2)  # type: ignore[misc]
+    assert [bytes(piece) for piece in first] == [bytes(range(32)), bytes(range(96, 128))]
+    assert [bytes(piece) for piece in second] == [bytes(range(32, 64)), bytes(range(128, 160))]
 
 
 @pytest.mark.asyncio

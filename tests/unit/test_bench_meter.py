@@ -58,6 +58,16 @@ def test_latencies_are_split_where_submission_returns() -> None:
     assert (totals.write.bytes, totals.write.ios, totals.write.short_ios) == (0, 1, 1)
 
 
+def test_what_was_due_before_it_began_took_longer() -> None:
+    one = meter(rate_iops=5)
+    assert one.counts(clock_ns())
+    one.completed(True, (100, 130, 1130), 4096, False, 7000)
+    one.finish()
+    read = one.totals().read
+    assert read.wait is not None
+    assert (read.wait.total, read.clat.total, read.lat.total) == (7000, 1000, 8030)
+
+
 def test_progress_adds_up_and_is_not_said_every_time() -> None:
     seen: list[tuple[int, int]] = []
     one = meter(seen)

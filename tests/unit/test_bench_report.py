@@ -7,10 +7,12 @@ import json
 import msgspec
 import pytest
 
+from kvstore_bench.fiojson import as_json
 from kvstore_bench.histogram import Histogram
 from kvstore_bench.job import Job
+from kvstore_bench.measured import measured
 from kvstore_bench.meter import DirectionTotals, Totals, Usage
-from kvstore_bench.report import as_json, as_text, bandwidth_text, describe, measured
+from kvstore_bench.report import as_text, bandwidth_text, describe
 from kvstore_bench.runner import JobResult
 from kvstore_bench.trials import summarize, summary_text, unstable
 

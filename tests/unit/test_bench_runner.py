@@ -117,6 +117,43 @@ async def test_wrong_bytes_end_the_job_and_are_counted() -> None:
 
 
 @pytest.mark.asyncio
+async def test_misses_that_must_be_are_not_short() -> None:
+    engine = NullEngine(Task(job=small_job(hit_rate=75.0)))
+    meter = await run(engine)
+    assert meter.outcomes == {"hit": 15, "miss": 5}
+    assert (meter.read.bytes, meter.read.short_ios, meter.error) == (60 * 1024, 0, "")
+
+
+@pytest.mark.asyncio
+async def test_a_hit_that_was_never_stored_ends_the_job() -> None:
+    meter = await run(ScriptedEngine(small_job(iodepth=1, hit_rate=50.0), [GOOD]))
+    assert meter.error == "I/O 0: a block that was never stored"
+
+
+@pytest.mark.asyncio
+async def test_an_io_of_a_rate_waits_from_when_it_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**9, 10**10, 1000))
+    monkeypatch.setattr("kvstore_bench.engines.base.clock_ns", lambda: next(clock))
+    monkeypatch.setattr("kvstore_bench.meter.clock_ns", lambda: 10**9)
+    # All are due within the first millisecond, which by that clock is over.
+    monkeypatch.setattr("kvstore_bench.pacing.time.monotonic_ns", lambda: 2 * 10**9)
+    meter = await run(ScriptedEngine(small_job(iodepth=1, rate_iops=1_000_000), [GOOD]))
+    read = meter.totals().read
+    assert read.wait is not None
+    assert read.ios == read.wait.count == 10
+    assert read.lat.total == read.wait.total + read.slat.total + read.clat.total
+
+
+@pytest.mark.asyncio
+async def test_an_error_does_not_wait_for_the_next_turn() -> None:
+    # The second slot has its turn in five seconds, and then no more.
+    job = small_job(iodepth=2, rate=1638)
+    meter = await run(ScriptedEngine(job, [FAILED]))
+    assert meter.error == "read: 2 of 2 blocks TIMEOUT"
+    assert meter.read.ios == 1
+
+
+@pytest.mark.asyncio
 async def test_null_says_of_both_kinds_what_a_store_would() -> None:
     meter = await run(NullEngine(Task(job=small_job(rw="rw", iodepth=2))))
     assert meter.read.ios + meter.write.ios == 10

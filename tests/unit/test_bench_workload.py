@@ -93,7 +93,7 @@ def test_one_wrong_bit_anywhere_is_found(word: int) -> None:
     words = contents.words(memoryview(bytearray(3 * 16384)))
     contents.fill(words)
     contents.stamp(words, 7)
-    words[1, word] ^= np.uint64(1)
+    words[1, 0, word] ^= np.uint64(1)
     assert contents.wrong_blocks(words, 7, [True] * 3) == [1]
     assert contents.wrong_blocks(words, 7, [True, False, True]) == []
 
@@ -103,10 +103,45 @@ def test_a_page_of_an_older_block_is_found() -> None:
     words = contents.words(memoryview(bytearray(16384)))
     contents.fill(words)
     contents.stamp(words, 3)
-    page = words[0, 512:1024].copy()
+    page = words[0, 0, 512:1024].copy()
     contents.stamp(words, 4)
-    words[0, 512:1024] = page
+    words[0, 0, 512:1024] = page
     assert contents.wrong_blocks(words, 4, [True]) == [0]
+
+
+@pytest.mark.parametrize("percent", [0, 12.5, 50, 90, 98.7, 99.999, 100])
+def test_the_hit_rate_is_that_of_all_reads_together(percent: float) -> None:
+    job = Job(name="job", bs=8, batch=7, size=8 * 7 * 1000, hit_rate=percent)
+    blocks = [one.blocks for one in iter(Workload(job, 0).next, None)]
+    assert len(blocks) == 1000
+    assert abs(sum(blocks) - 7000 * percent / 100) < 1
+    # Each prefix has its share, rounded up or down.
+    assert max(blocks) - min(blocks) <= 1
+
+
+def test_a_hit_rate_leaves_writes_alone() -> None:
+    work = workload(rw="rw", rwmixread=50, hit_rate=50.0, time_based=True)
+    found = [work.next() for _ in range(100)]
+    assert {one.blocks for one in found if one and not one.is_read} == {2}
+    assert {one.blocks for one in found if one and one.is_read} == {1}
+
+
+def test_scattered_blocks_are_known_by_all_their_layers() -> None:
+    contents = Contents(bs=3 * 8192, batch=2, seed=1, layers=3)
+    memory = memoryview(bytearray(2 * 3 * 8192))
+    words = contents.words(memory)
+    contents.fill(words)
+    contents.stamp(words, 7)
+    assert contents.wrong_blocks(words, 7, [True] * 2) == []
+    # Layer by layer: the second layer of the first block lies behind both first layers.
+    second = np.frombuffer(memory[2 * 8192 : 3 * 8192], dtype=np.uint64)
+    assert np.array_equal(second, words[0, 1])
+    third = memory[5 * 8192 :]
+    third[100] ^= 1
+    assert contents.wrong_blocks(words, 7, [True] * 2) == [1]
+    third[100] ^= 1
+    words[0, 0], words[0, 1] = words[0, 1].copy(), words[0, 0].copy()
+    assert contents.wrong_blocks(words, 7, [True] * 2) == [0]
 
 
 def test_keys_differ_between_runs_jobs_clones_and_blocks() -> None:
@@ -116,3 +151,4 @@ def test_keys_differ_between_runs_jobs_clones_and_blocks() -> None:
     assert len(set(keys)) == len(keys) == 32
     assert {len(key) for key in keys} == {32}
     assert chains[0].of_io(2) == chains[0].of_blocks(8, 12)
+    assert chains[0].of_io(2, 3) == chains[0].of_blocks(8, 11)
