@@ -138,16 +138,17 @@ def setup(of: AgentProcess, memory_blocks: int = MEMORY_BLOCKS) -> Setup:
 
 @asynccontextmanager
 async def nodes(path: Path) -> AsyncIterator[Nodes]:
-    """Run a daemon, two agents and two engines."""
+    """Run a daemon, two agents that are no caches, and two engines."""
     with (
         daemon() as storage,
         agent(
             *("--storage", storage.uri, "--node-id", "decode", "--local", f"unix://{path}/d"),
+            "--drop-idle",
             listeners=2,
         ) as on_d,
         agent(
             *("--storage", storage.uri, "--node-id", "prefill", "--local", f"unix://{path}/p"),
-            *("--relay", on_d.uris[0], "--policy", "round_robin"),
+            *("--relay", on_d.uris[0], "--policy", "round_robin", "--drop-idle"),
             listeners=2,
         ) as on_p,
     ):
@@ -219,83 +220,81 @@ def counted(
 
 
 async def nothing_is_held(on: Nodes) -> None:
-    """Agents pin nothing, and keep what is offered alone."""
+    """Agents keep nothing for anybody."""
     for one in (on.prefill, on.decode):
         await settled(one.uris[0], pinned_blocks=0, fills_under_way=0)
-    await settled(on.decode.uris[0], retained_blocks=0)
+        await settled(one.uris[0], retained_blocks=0, held_blocks=0)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-async def test_turns_of_a_conversation_hit_what_earlier_ones_stored(
-    tmp_path: Path, overlap: bool
-) -> None:
+async def test_turns_of_a_conversation_hit_what_earlier_ones_stored(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
-        for number, (hits, count) in enumerate([(0, 32), (32, 64), (64, 96)]):
-            before = await on.counters()
-            prefilled, decoded = await on.turn(f"{number}", range(count), hits, overlap=overlap)
-            all_is_well(prefilled, decoded)
-            assert sum(prefilled.served.values()) == hits
-            assert sum(decoded.served.values()) == count
-            changed = counted(before, await on.counters())
-            assert changed["storage"]["put_bytes"] == (count - hits) * BLOCK_BYTES
-            # What lies in the memory of an agent is not loaded again.
-            held = prefilled.served.get("held", 0)
-            assert changed["storage"]["fetch_bytes"] == (hits - held) * BLOCK_BYTES
-            assert changed["P"]["offer_bytes"] == (count - hits) * BLOCK_BYTES
-        await nothing_is_held(on)
-        assert await stored(on, range(97)) == [True] * 96 + [False]
+        for overlap in (True, False):
+            scope = f"overlap {overlap}"
+            for hits, count in ((0, 32), (32, 64), (64, 96)):
+                before = await on.counters()
+                prefilled, decoded = await on.turn(
+                    f"{scope}.{hits}", range(count), hits, overlap=overlap, scope=scope
+                )
+                all_is_well(prefilled, decoded)
+                assert sum(prefilled.served.values()) == hits
+                assert sum(decoded.served.values()) == count
+                changed = counted(before, await on.counters())
+                assert changed["storage"]["put_bytes"] == (count - hits) * BLOCK_BYTES
+                assert changed["storage"]["fetch_bytes"] == hits * BLOCK_BYTES
+                assert changed["P"]["offer_bytes"] == (count - hits) * BLOCK_BYTES
+                await nothing_is_held(on)
+            assert await stored(on, range(97), scope) == [True] * 96 + [False]
 
 
-@pytest.mark.parametrize("overlap", [True, False])
 async def test_each_hit_leaves_storage_once_and_half_of_them_by_the_other_link(
-    tmp_path: Path, overlap: bool
+    tmp_path: Path,
 ) -> None:
     async with nodes(tmp_path) as on:
         await relay_is_known(on)
-        await store(on, range(64))
-        before = await on.counters()
-        ways: Counter[str] = Counter()
-        # Whole requests take turns.
-        for name, blocks in (("a", range(0, 40)), ("b", range(0, 80))):
-            hits = 32 if name == "a" else 64
-            prefilled, decoded = await on.turn(name, blocks, hits, overlap=overlap)
-            all_is_well(prefilled, decoded)
-            ways.update(prefilled.served)
-        assert ways == {"direct": 24, "relay": 32, "held": 40} or ways == {
-            "direct": 32,
-            "relay": 24,
-            "held": 40,
-        }
-        changed = counted(before, await on.counters())
-        assert changed["storage"]["fetch_bytes"] == 56 * BLOCK_BYTES
-        assert changed["P"]["storage_fetch_bytes_relay"] == ways["relay"] * BLOCK_BYTES
-        assert changed["P"]["storage_fetch_bytes_direct"] == ways["direct"] * BLOCK_BYTES
-        assert changed["D"]["storage_fetch_bytes_direct"] == ways["relay"] * BLOCK_BYTES
-        assert changed["D"]["claims"] > 0
-        await nothing_is_held(on)
-        # P let go of the hits of both; what it offers stays for its time.
-        await settled(on.prefill.uris[0], retained_blocks=8 + 16)
+        await store(on, range(48))
+        for overlap in (True, False):
+            before = await on.counters()
+            ways: Counter[str] = Counter()
+            # Whole requests take turns.
+            for number in range(2):
+                prefilled, decoded = await on.turn(
+                    f"{number}.{overlap}", range(64), 48 - 16 * overlap, overlap=overlap
+                )
+                all_is_well(prefilled, decoded)
+                ways.update(prefilled.served)
+                way = {"direct": "peer", "relay": "held"}
+                hits = Counter({way[name]: count for name, count in prefilled.served.items()})
+                assert Counter(decoded.served) - hits == {"peer": 16 + 16 * overlap}
+            count = 48 - 16 * overlap
+            assert ways == {"direct": count, "relay": count}
+            changed = counted(before, await on.counters())
+            assert changed["storage"]["fetch_bytes"] == 2 * count * BLOCK_BYTES
+            assert changed["P"]["storage_fetch_bytes_relay"] == count * BLOCK_BYTES
+            assert changed["P"]["storage_fetch_bytes_direct"] == count * BLOCK_BYTES
+            assert changed["D"]["storage_fetch_bytes_direct"] == count * BLOCK_BYTES
+            assert changed["D"]["claims"] == 1
+            await nothing_is_held(on)
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-async def test_turns_of_several_sessions_go_side_by_side(tmp_path: Path, overlap: bool) -> None:
+async def test_turns_of_several_sessions_go_side_by_side(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
         before = await on.counters()
 
-        async def talk(scope: str) -> None:
+        async def talk(scope: str, overlap: bool) -> None:
             hits = 0
-            for number, count in enumerate((24, 40, 60)):
+            for count in (24, 40, 60):
                 both = await on.turn(
-                    f"{scope}.{number}", range(count), hits, overlap=overlap, scope=scope
+                    f"{scope}.{count}", range(count), hits, overlap=overlap, scope=scope
                 )
                 all_is_well(*both)
                 hits = count
 
         async with asyncio.TaskGroup() as group:
-            for session in range(5):
-                group.create_task(talk(f"session {session}"))
+            for session in range(6):
+                group.create_task(talk(f"session {session}", session < 3))
         changed = counted(before, await on.counters())
-        assert changed["storage"]["put_bytes"] == 5 * 60 * BLOCK_BYTES
+        assert changed["storage"]["put_bytes"] == 6 * 60 * BLOCK_BYTES
+        assert changed["storage"]["fetch_bytes"] == 6 * (24 + 40) * BLOCK_BYTES
         await nothing_is_held(on)
         # All memory is free again.
         all_is_well(*await on.turn("last", range(MEMORY_BLOCKS), 0))
@@ -328,6 +327,7 @@ async def test_a_turn_may_be_told_to_both_at_once(tmp_path: Path) -> None:
         all_is_well(first.result(), second.result())
         changed = counted(before, await on.counters())
         assert changed["storage"]["put_bytes"] == 16 * BLOCK_BYTES
+        on.p.release("early")
         await nothing_is_held(on)
 
 

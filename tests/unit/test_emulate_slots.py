@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from contextlib import AsyncExitStack
 
 import pytest
 
 from kvstore.errors import KVStoreError, LimitExceeded
 from kvstore_bench.content import BlockContent
+from kvstore_bench.emulate.gpu import Gpu
 from kvstore_bench.emulate.memory import Memory
 from kvstore_bench.emulate.slots import SlotRun, Slots
 from tests.support.engine import key
@@ -181,3 +183,20 @@ async def test_a_prompt_that_never_fits_is_refused_at_once() -> None:
         with pytest.raises(LimitExceeded, match="a prompt of 5 blocks"):
             async with of.lend(5):
                 pass
+
+
+# --- the GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.asyncio
+async def test_a_gpu_computes_one_thing_at_a_time_and_makes_up_for_late_timers() -> None:
+    gpu, began_at = Gpu(), time.monotonic()
+    # The second was ready before the first was done, the third long before that.
+    ends = await asyncio.gather(
+        gpu.compute(began_at, 0.003), gpu.compute(began_at, 0.002), gpu.compute(0.0, 0.001)
+    )
+    assert [end - began_at for end in ends] == pytest.approx([0.003, 0.005, 0.006])
+    assert time.monotonic() >= ends[-1]
+    # It does not begin before all is there.
+    ready_at = time.monotonic()
+    assert await gpu.compute(ready_at, 0.001) - ready_at == pytest.approx(0.001)

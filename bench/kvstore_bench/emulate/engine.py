@@ -22,7 +22,9 @@ import uvloop
 from kvstore.errors import KVStoreError
 from kvstore.layout import Layout
 from kvstore_bench.content import WORD_BYTES
+from kvstore_bench.emulate.decoding import DecodeHalf
 from kvstore_bench.emulate.memory import Memory
+from kvstore_bench.emulate.prefilling import PrefillHalf
 from kvstore_bench.emulate.steps import (
     Decode,
     FromEngine,
@@ -32,7 +34,7 @@ from kvstore_bench.emulate.steps import (
     Setup,
     ToEngine,
 )
-from kvstore_bench.emulate.turns import DecodeHalf, Engine, PrefillHalf
+from kvstore_bench.emulate.turns import Engine
 from kvstore_client import AsyncClient
 
 POOL = "emulate"

@@ -130,7 +130,7 @@ class EngineSession:
         return answer
 
     def release(self, turn: str) -> None:
-        """Who decodes has all: the hits of a prefill need not be kept any more."""
+        """Who decodes has all: what a prefill has left in its agent need not be kept any more."""
         self._say(Release(turn))
 
     async def _ask(

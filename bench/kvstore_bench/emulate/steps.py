@@ -126,7 +126,8 @@ class Received(msgspec.Struct, frozen=True, tag=True):
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
-    """Who decodes has all: let go of the hits of a prefill. Without, they stay for a minute."""
+    """Who decodes has all: let go of what a prefill has loaded and offered. Without, it stays for a
+    minute."""
 
     turn: str
 
