@@ -92,20 +92,29 @@ class _Turns:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tasks: set[asyncio.Task[None]] = set()
+        self._releases: set[asyncio.Task[None]] = set()
 
     def begin(self, step: Prefill | Decode | Release) -> None:
         """Do a step beside all others."""
         work: Coroutine[Any, Any, None]
         match step:
             case Prefill():
-                work = PrefillHalf(self._engine, step).do()
+                work = self._prefill(step)
             case Decode():
                 work = DecodeHalf(self._engine, step).do()
             case Release():
                 work = self._release(step.turn)
         task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        kept = self._releases if isinstance(step, Release) else self._tasks
+        kept.add(task)
+        task.add_done_callback(kept.discard)
+
+    async def _prefill(self, step: Prefill) -> None:
+        # The last turn of its session may have been here: what that leaves in the agent's memory
+        # is gone before, or its hits would not come from storage.
+        if self._releases:
+            await asyncio.wait(set(self._releases))
+        await PrefillHalf(self._engine, step).do()
 
     async def _release(self, turn: str) -> None:
         try:
@@ -115,9 +124,10 @@ class _Turns:
 
     async def stop(self) -> None:
         """End all that is under way."""
-        for task in self._tasks:
+        tasks = self._tasks | self._releases
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def work() -> int:
