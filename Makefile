@@ -93,7 +93,7 @@ bench: install ## Measure the data path beside its limit (ARGS=--trials=5)
 	@$(RUN) -m kvstore_bench run bench/jobs/limits.ini bench/jobs/small.ini $(ARGS)
 
 # Real sessions instead of generated ones: make demo TRACE='traces/*.json.gz'
-demo: install ## Replay agent sessions, then fetch by both paths; pictures in .demo/
+demo: install ## Agent sessions on an emulated cluster, by one path and by both; picture in .demo/
 	@sessions=$$(mktemp -d)
 	trap 'rm -rf "$$sessions"' EXIT
 	trace=$${TRACE:-}
@@ -103,9 +103,17 @@ demo: install ## Replay agent sessions, then fetch by both paths; pictures in .d
 	  echo
 	fi
 	mkdir -p .demo
-	$(RUN) -m kvstore_bench replay "$$trace" --plot .demo/replay.png
-	echo
-	$(RUN) -m kvstore_bench.shaped.demo --plot .demo/two-paths.png
+	status=0
+	$(RUN) -m kvstore_bench emulate "$$trace" --turns 24 --token-scale 16 --bytes-per-token 2k \
+	  --policies direct,shortest_queue,balanced --plot .demo/cluster.png $(ARGS) || status=$$?
+	if [ $$status = 3 ]; then  # no such networks here: one daemon on loopback
+	  echo
+	  $(RUN) -m kvstore_bench replay "$$trace" --plot .demo/replay.png
+	elif [ $$status != 0 ]; then
+	  exit $$status
+	else
+	  echo "the picture: .demo/cluster.png"
+	fi
 
 clean: ## Remove everything that was made here
 	rm -rf $(VENV) .demo .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

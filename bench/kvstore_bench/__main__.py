@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.version import VERSION
 from kvstore_bench.command import add_run_parser, flags_with_values
+from kvstore_bench.compare import add_compare_parser
 from kvstore_bench.emulate.command import add_emulate_parser
 from kvstore_bench.generate import add_generate_parser
+from kvstore_bench.plot import add_plot_parser
 from kvstore_bench.replay import add_replay_parser
 from kvstore_bench.simulate import add_simulate_parser
 
@@ -91,6 +93,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         " host, and real or generated sessions of agents.",
         epilog="`kvbench COMMAND --help` explains a command, with examples. To begin with:\n\n"
         "  kvbench run limits.ini\n      how close to a bare socket pair this host comes\n"
+        "  kvbench compare before.json after.json\n      what differs beyond the noise of trials\n"
         "  kvbench generate --sessions 4 --output s.json.gz && kvbench replay s.json.gz\n"
         "      sessions of agents against a daemon, every byte compared",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,6 +102,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     parser.add_argument("--version", action="version", version=f"kvbench {VERSION}")
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     add_run_parser(subparsers)
+    add_compare_parser(subparsers)
+    add_plot_parser(subparsers)
     add_replay_parser(subparsers)
     add_generate_parser(subparsers)
     add_simulate_parser(subparsers)

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.errors import ConfigError
-from kvstore_bench.job import OPTIONS, Job
+from kvstore_bench.fiojson import as_json
+from kvstore_bench.job import Job
 from kvstore_bench.jobfile import assemble, groups
+from kvstore_bench.options import OPTIONS
 from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.progress import ProgressLine, Quiet
-from kvstore_bench.report import as_json, as_text, describe
+from kvstore_bench.report import as_text, describe
 from kvstore_bench.runner import JobResult, Watcher, run_jobs
 from kvstore_bench.trials import summarize, summary_text, unstable
 
@@ -46,20 +48,33 @@ examples:
               --name=relay --transport=tcp --path=relay --name=agent --transport=shm --path=agent
       straight, by another node's agent, and by our own: the job starts what it needs, and the
       lines "transport" and "path" of the results say how the bytes came
+  kvbench run --name=a --model=llama-3.1-8b --page_tokens=16 --batch=128 --rw=randread \\
+              --layout=layer --order=layer --hit_rate=98.7 --size=2g --verify=1
+      blocks of a model, 2,048 tokens a fetch into one tensor a layer, 98.7 % of them stored
+  kvbench run --name=a --rw=randread --rate_iops=50 --rate_process=poisson --iodepth=8 \\
+              --runtime=10 --time_based
+      fifty fetches a second that come as requests do; latencies from when each was due
+  kvbench run --name=a --endpoint=tcp://10.0.0.7:7450 --relay=tcp://10.0.0.9:7460 --path=auto \\
+              --require_transport=rdma
+      daemon and agent run already: both paths, as the selector decides, and nothing but RDMA
   kvbench run --endpoint=tcp://10.0.0.7:7450 --size=8g --name=fill --rw=write \\
               --name=load --rw=randread --numjobs=4 --runtime=30 --time_based --stonewall
       two jobs one after the other, against a daemon that runs already
 
 A job file is fio's: [global] and one [section] a job, option=value, # or ; before a comment.
-JOBFILE is a path, or the name of a file that came with kvbench (busy.ini, limits.ini, rdma.ini,
-shm.ini, small.ini).
+JOBFILE is a path, or the name of a file that came with kvbench (busy.ini, layers.ini, limits.ini,
+model.ini, poisson.ini, rdma.ini, shm.ini, small.ini).
 Options in front of the first --name hold for all jobs and replace what a file says. Jobs run
 at the same time; stonewall makes a job wait for those before it, and begins a group. The
 clones of a job (numjobs) are reported together. Sizes: k = 1024. Times: seconds.
 
+fio's options and JSON mean what they mean there, but for a few: an I/O is a batch of blocks, and
+rate counts reads and writes together. `kvbench compare` says how two results differ, `kvbench
+plot` draws one; fio's own fio_jsonplus_clat2csv reads json+.
+
 With --trials a job is compared with the first job of ioengine=raw that has the same bs and
-batch; without one it has no ratio. A job with spin=N is compared with the first that is the
-same without it. If that raw job itself is more than 10 % off its median in
+batch; without one it has no ratio, nor has a job with a rate. A job with spin=N is compared with
+the first that is the same without it. If that raw job itself is more than 10 % off its median in
 some trial, a warning says so: the machine was too busy for its ratios to mean much.
 
 exit status: 0 all jobs ran; 1 a job failed, or read wrong bytes; 2 an option cannot be;

@@ -1,48 +1,26 @@
-"""What a job is: options in fio's words. Pure.
-
-Rule: an option that is listed here works, and one that works is listed here. The words and
-their meaning are fio's (fio.readthedocs.io) wherever fio has them; `batch`, `layers`, `order`,
-`ack`, `path`, `transport`, `verify_checksums`, `endpoint`, `deadline`, `held`, `spin` and
-`spin_outside` are ours.
-"""
+"""What a job is: options decided, and refused where they cannot be together. Pure."""
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from kvstore.endpoint import parse_endpoint
 from kvstore.errors import ConfigError
-from kvstore.layout import BLOCK_BYTES_MAX, LAYERS_MAX
-from kvstore.messages import DEADLINE_MS_MAX, KEYS_PER_REQUEST_MAX
-from kvstore.units import format_size_bytes, parse_size_bytes
+from kvstore.units import format_size_bytes
+from kvstore_bench.models import MODELS
+from kvstore_bench.options import BLOCK_STEP_BYTES, HOPS, OPTIONS
 
-# More than one job writes at once into as many buffers, and each clone is a process.
-IODEPTH_MAX = 1024
-NUMJOBS_MAX = 64
-# Of one job. A thread more that spins changes nothing but whose turn it is.
-SPIN_MAX = 8
-# Blocks are stamped a word at a time.
-BLOCK_STEP_BYTES = 8
+# Of a block, where a model is given: what SGLang and the DualPath paper use.
+PAGE_TOKENS = 64
+# An I/O that is due more seldom than this is nothing that a job waits for.
+IO_INTERVAL_MAX_S = 5.0
 
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(us|ms|s|m|h|d)?")
-_DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-#: What moves payload, as the client knows it.
-TRANSPORTS = ("auto", "tcp", "unix", "shm", "rdma")
-# What the hop to us may go by, on each path.
-_HOPS = {
-    "direct": TRANSPORTS,
-    "relay": ("auto", "tcp", "rdma"),
-    "agent": ("auto", "unix", "shm"),
-    "views": ("auto", "shm"),
-}
 _HOP_REASONS = {
     "relay": "another node's agent is reached over the network",
+    "auto": "another node's agent is reached over the network",
     "agent": "the agent of this node listens on a unix socket",
     "views": "blocks are read where they lie, in memory that this process has mapped",
 }
@@ -50,6 +28,8 @@ _READ_ONLY_REASONS = {
     "relay": "what is written goes to the daemon",
     "views": "nobody may write where a daemon keeps its blocks",
 }
+# What follows from a model.
+_OF_MODEL = ("bs", "layers")
 
 #: Where an option was given that stood in no file.
 COMMAND_LINE = "command line"
@@ -86,21 +66,31 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     rwmixread: int = 50
     bs: int = 1024 * 1024
     batch: int = 16
+    model: str = ""
+    page_tokens: int = PAGE_TOKENS
     size: int = 2 * 1024**3
     iodepth: int = 2
     numjobs: int = 1
     runtime: float = 0.0
     time_based: bool = False
+    rate: int = 0
+    rate_iops: int = 0
+    rate_process: str = "linear"
     ramp_time: float = 0.0
     stonewall: bool = False
     verify: bool = False
     randseed: int = 1
+    hit_rate: float = 100.0
     endpoint: tuple[str, ...] = ()
+    relay: tuple[str, ...] = ()
     path: str = "direct"
     transport: str = "auto"
+    require_transport: tuple[str, ...] = ()
     verify_checksums: bool = True
     layers: int = 1
+    layout: str = "block"
     order: str = "block"
+    group_layers: int = 1
     ack: str = "memory"
     deadline: float = 5.0
     held: bool = False
@@ -117,6 +107,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def io_count(self) -> int:
         """I/Os that go through `size` once."""
         return self.size // self.io_bytes
+
+    @property
+    def io_interval_s(self) -> float:
+        """Mean seconds from I/O to I/O of a clone; 0 if one begins when another has ended."""
+        if self.rate_iops:
+            return 1 / self.rate_iops
+        return self.io_bytes / self.rate if self.rate else 0.0
 
     @property
     def reads(self) -> bool:
@@ -144,171 +141,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def random(self) -> bool:
         """Whether its I/Os go through `size` in random order."""
         return self.rw.startswith("rand")
-
-
-def parse_duration_s(text: str, option: str) -> float:
-    """Read a time as fio does: seconds, or a number with us, ms, s, m, h or d.
-
-    Raises:
-        ConfigError: Names the option, the text and what is allowed.
-    """
-    match = _DURATION.fullmatch(text.strip().lower())
-    if match is None:
-        raise ConfigError(option, text, "a time is a number of seconds, or one with us ms s m h d")
-    return float(match[1]) * _DURATION_UNITS[match[2] or "s"]
-
-
-def _choice(*allowed: str) -> Callable[[str, str], str]:
-    def parse(text: str, option: str) -> str:
-        if text not in allowed:
-            raise ConfigError(option, text, f"must be {' or '.join(allowed)}")
-        return text
-
-    return parse
-
-
-def _number(low: int, high: int) -> Callable[[str, str], int]:
-    def parse(text: str, option: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise ConfigError(option, text, f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _flag(text: str, option: str) -> bool:
-    if text not in ("", "0", "1"):
-        raise ConfigError(option, text, "must be 0 or 1; the word alone means 1")
-    return text != "0"
-
-
-def _endpoints(text: str, option: str) -> tuple[str, ...]:
-    return tuple(str(parse_endpoint(part.strip(), option)) for part in text.split(","))
-
-
-def _deadline(text: str, option: str) -> float:
-    value = parse_duration_s(text, option)
-    if not 0 < value <= DEADLINE_MS_MAX / 1e3:
-        raise ConfigError(option, text, f"must be above 0 and at most {DEADLINE_MS_MAX // 1000} s")
-    return value
-
-
-def _block_size(text: str, option: str) -> int:
-    value = parse_size_bytes(text, option)
-    if not BLOCK_STEP_BYTES <= value <= BLOCK_BYTES_MAX or value % BLOCK_STEP_BYTES:
-        limit = format_size_bytes(BLOCK_BYTES_MAX)
-        raise ConfigError(option, text, f"must be a multiple of {BLOCK_STEP_BYTES}, up to {limit}")
-    return value
-
-
-class Option(NamedTuple):
-    """One option of a job."""
-
-    parse: Callable[[str, str], Any]
-    metavar: str
-    help: str
-
-    @property
-    def is_flag(self) -> bool:
-        """Whether the word alone has a meaning."""
-        return self.parse is _flag
-
-
-OPTIONS: dict[str, Option] = {
-    "ioengine": Option(
-        _choice("kv", "raw", "null"),
-        "kv|raw|null",
-        "kv: the client library and a daemon; raw: a bare TCP socket pair on loopback, the limit"
-        " of what kv can reach; null: nothing, the cost of this tool itself (kv)",
-    ),
-    "rw": Option(
-        _choice("read", "write", "randread", "randwrite", "rw", "readwrite", "randrw"),
-        "KIND",
-        "read, write, randread, randwrite, rw, randrw. Reads go through a working set that was"
-        " stored before; every write stores blocks under fresh keys (read)",
-    ),
-    "rwmixread": Option(_number(0, 100), "PERCENT", "reads of rw and randrw (50)"),
-    "bs": Option(_block_size, "SIZE", "bytes of a block (1m)"),
-    "batch": Option(
-        _number(1, KEYS_PER_REQUEST_MAX), "N", "blocks of one I/O: a prefix of its own (16)"
-    ),
-    "size": Option(
-        parse_size_bytes, "SIZE", "working set of each clone, and how much it does (2g)"
-    ),
-    "iodepth": Option(_number(1, IODEPTH_MAX), "N", "I/Os in flight of each clone (2)"),
-    "numjobs": Option(
-        _number(1, NUMJOBS_MAX), "N", "clones: processes that do the same; reported together (1)"
-    ),
-    "runtime": Option(parse_duration_s, "TIME", "end after this time even if size is not done"),
-    "time_based": Option(_flag, "0|1", "go through size again and again until runtime (0)"),
-    "ramp_time": Option(parse_duration_s, "TIME", "run that long before anything is counted (0)"),
-    "stonewall": Option(_flag, "0|1", "begin when all jobs before have ended (0: beside them)"),
-    "verify": Option(
-        _flag,
-        "0|1",
-        "compare every byte read with what was written, on top of the checksums that the client"
-        " verifies; a job that only writes reads back what is still stored (0)",
-    ),
-    "randseed": Option(_number(0, 2**32 - 1), "N", "seed of contents and of random orders (1)"),
-    "endpoint": Option(
-        _endpoints,
-        "URI[,URI]",
-        "daemons to use, kv only; without it the job starts one with room for size, and it ends"
-        " with the job",
-    ),
-    "path": Option(
-        _choice(*_HOPS),
-        "|".join(_HOPS),
-        "how blocks travel, kv only. direct: from the daemon to us; relay: from the daemon to the"
-        " agent of another node and from there to us, all of them, reads only; agent: by the agent"
-        " of our own node, reads and writes; views: not at all, reads only: they are leased where"
-        " they lie in a daemon of this host, and given back at once, unread unless verify=1 (the"
-        " daemon verifies them; one that is given must be for --pool kvbench alone). The job"
-        " starts the agent, on this host, with memory for what is under way and no more, so that"
-        " it holds little of what it is asked for: but see held (direct)",
-    ),
-    "transport": Option(
-        _choice(*TRANSPORTS),
-        "|".join(TRANSPORTS),
-        "what moves the bytes of the hop to us, kv only; bytes that come by another one end the"
-        " job. tcp, unix: sockets; shm: memory that the daemon or our agent, on this host, writes"
-        " and reads itself; rdma: the same by a network card. A daemon that the job starts listens"
-        " on loopback, or in a temporary folder for unix and shm; an agent reaches it in the same"
-        " way. path=relay goes by tcp or rdma, path=agent by unix or shm. auto: tcp to a daemon of"
-        " the job's own, else the best that is offered; results say which (auto)",
-    ),
-    "verify_checksums": Option(
-        _flag,
-        "0|1",
-        "0: the client does not compare what it reads with the checksums of who wrote it, kv only:"
-        " what moving alone costs, never for use. Daemons and agents go on verifying (1)",
-    ),
-    "layers": Option(_number(1, LAYERS_MAX), "N", "layers of a block, each with a checksum (1)"),
-    "order": Option(
-        _choice("block", "layer"), "block|layer", "order in which the bytes of a read come (block)"
-    ),
-    "ack": Option(_choice("memory"), "memory", "a write is done when it is in the daemon's memory"),
-    "deadline": Option(_deadline, "TIME", "an I/O that takes longer ends the job (5)"),
-    "held": Option(
-        _flag,
-        "0|1",
-        "path=agent and relay: the agent has memory for the working set, so that from the second"
-        " time on it sends what it holds and asks no daemon (0)",
-    ),
-    "spin": Option(
-        _number(0, SPIN_MAX),
-        "N",
-        "threads of pure Python that count for ever in each clone's process while it runs, as an"
-        " engine's scheduler does: what a busy interpreter costs its fetches. Their processor time"
-        " is shown apart and is not the client's (0)",
-    ),
-    "spin_outside": Option(
-        _flag,
-        "0|1",
-        "they spin in a process beside the clone: what the core that they take costs, without the"
-        " interpreter (0)",
-    ),
-}
 
 
 class Assignment(NamedTuple):
@@ -341,6 +173,7 @@ def build_job(name: str, assignments: Sequence[Assignment]) -> Job:
         JobError: Names where, the option, its value and what is allowed.
     """
     values: dict[str, Any] = {}
+    # In the order in which the last value of each was given.
     sources: dict[str, Assignment] = {}
     for where, option, text in assignments:
         known(Assignment(where, option, text))
@@ -350,19 +183,55 @@ def build_job(name: str, assignments: Sequence[Assignment]) -> Job:
             values[option] = OPTIONS[option].parse(text, option)
         except ConfigError as error:
             raise JobError(where, error.option, error.value, error.remedy) from error
+        sources.pop(option, None)
         sources[option] = Assignment(where, option, text)
     if values.get("rw") == "readwrite":
         values["rw"] = "rw"
+    _apply_model(values, sources)
     given = tuple((option, text or "1") for option, (_, _, text) in sources.items())
     job = Job(name=name, given=given, **values)
     _check_together(job, sources)
     return job
 
 
+def _apply_model(values: dict[str, Any], sources: dict[str, Assignment]) -> None:
+    """Let a model decide what follows from it, instead of what was said before.
+
+    Raises:
+        JobError: Something else was said after it; tokens of a page are given without it.
+    """
+    if "model" not in values:
+        if "page_tokens" in values:
+            where, option, text = sources["page_tokens"]
+            raise JobError(where, option, text, "needs model=NAME, whose tokens they are")
+        return
+    order = list(sources)
+    for option in _OF_MODEL:
+        if option not in sources:
+            continue
+        where, _, text = sources[option]
+        if order.index(option) > order.index("model"):
+            remedy = f"follows from model={values['model']} before it; leave one of them out"
+            raise JobError(where, option, text, remedy)
+        del sources[option]
+    model = MODELS[values["model"]]
+    tokens = values.get("page_tokens", PAGE_TOKENS)
+    where, _, text = sources["model"]
+    values["layers"] = model.layers
+    try:
+        values["bs"] = OPTIONS["bs"].parse(str(model.token_bytes * tokens), "bs")
+    except ConfigError as error:
+        remedy = f"blocks of {tokens} tokens (page_tokens) have {error.value} bytes: {error.remedy}"
+        raise JobError(where, "model", text, remedy) from error
+
+
+_Refuse = Callable[[str, object, str], NoReturn]
+
+
 def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
     """Refuse options that are right alone and wrong together."""
 
-    def refuse(option: str, value: object, remedy: str) -> None:
+    def refuse(option: str, value: object, remedy: str) -> NoReturn:
         where, _, text = sources.get(option, Assignment(f"[{job.name}]", option, str(value)))
         raise JobError(where, option, text, remedy)
 
@@ -379,15 +248,69 @@ def _check_together(job: Job, sources: Mapping[str, Assignment]) -> None:
         refuse("rw", job.rw, "must be read or write: raw is one stream of bytes in order")
     if job.spin_outside and not job.spin:
         refuse("spin_outside", 1, "needs spin=N")
-    if job.ioengine != "kv":  # the others have no paths
-        return
-    if job.transport not in _HOPS[job.path]:
-        reason = f"path={job.path} goes by {' or '.join(_HOPS[job.path][1:])}"
+    _check_rate(job, refuse)
+    if job.ioengine == "kv":  # the others have no paths
+        _check_paths(job, refuse)
+
+
+def _check_rate(job: Job, refuse: _Refuse) -> None:
+    if job.rate and job.rate_iops:
+        refuse("rate_iops", job.rate_iops, "rate says the same in bytes; leave one of them out")
+    option = "rate" if job.rate else "rate_iops"
+    if job.io_interval_s and job.ioengine == "raw":
+        refuse(option, "", "ioengine=raw is the limit of this host: it goes as fast as it can")
+    if job.io_interval_s > IO_INTERVAL_MAX_S:
+        seconds = f"{job.io_interval_s:.0f} s; at most {IO_INTERVAL_MAX_S:.0f} s"
+        refuse(
+            option, "", f"an I/O of {format_size_bytes(job.io_bytes)} would be due every {seconds}"
+        )
+    if job.rate_process != "linear" and not job.io_interval_s:
+        refuse("rate_process", job.rate_process, "needs rate=SIZE or rate_iops=N")
+
+
+def _check_paths(job: Job, refuse: _Refuse) -> None:
+    if job.transport not in HOPS[job.path]:
+        reason = f"path={job.path} goes by {' or '.join(HOPS[job.path][1:])}"
         refuse("transport", job.transport, f"{reason}: {_HOP_REASONS[job.path]}")
+    if job.require_transport and job.transport != "auto":
+        remedy = f"transport={job.transport} requires it already; leave one of them out"
+        refuse("require_transport", "", remedy)
+    if job.require_transport and not job.endpoint and job.path in ("direct", "relay", "auto"):
+        remedy = "needs endpoint=URI: transport=NAME decides for a daemon of the job's own"
+        refuse("require_transport", "", remedy)
+    if not set(job.require_transport) <= set(HOPS[job.path]):
+        refuse(
+            "require_transport", "", f"path={job.path} goes by {' or '.join(HOPS[job.path][1:])}"
+        )
     if job.path in _READ_ONLY_REASONS and job.writes:
         reason = _READ_ONLY_REASONS[job.path]
         refuse("rw", job.rw, f"path={job.path} carries reads only: {reason}")
+    if job.relay and job.path not in ("relay", "auto"):
+        refuse("relay", "", f"path={job.path} goes by no agent of another node")
+    if job.relay and not job.endpoint:
+        refuse("relay", "", "needs endpoint=URI: an agent that runs reads from daemons that run")
     if job.held and job.path in ("direct", "views"):
         refuse("held", 1, f"path={job.path} has no agent that could hold anything")
+    if job.held and job.relay:
+        refuse("held", 1, "the agents of relay=URI have the memory that they were given")
     if job.path == "views" and job.order == "layer":
         refuse("order", job.order, "path=views has all layers of a block at once")
+    _check_layout(job, refuse)
+
+
+def _check_layout(job: Job, refuse: _Refuse) -> None:
+    if job.group_layers > 1 and job.order != "layer":
+        refuse("group_layers", job.group_layers, "needs order=layer")
+    if job.group_layers > job.layers:
+        refuse("group_layers", job.group_layers, f"a block has {job.layers} layers")
+    if job.layout == "block":
+        return
+    if job.path == "views":
+        refuse("layout", job.layout, "path=views leaves blocks in the daemon's memory")
+    if job.layers == 1:
+        refuse(
+            "layout", job.layout, "a block of one layer is one piece; give layers=N or model=NAME"
+        )
+    if job.bs // job.layers % BLOCK_STEP_BYTES:
+        remedy = f"layers of {job.bs // job.layers} bytes are no multiple of {BLOCK_STEP_BYTES}"
+        refuse("layout", job.layout, remedy)

@@ -4,6 +4,7 @@
 
     path=direct    we ──────────────▶ daemon
     path=relay     we ──▶ agent ────▶ daemon      (puts go to the daemon)
+    path=auto      both of these, as the client's selector decides
     path=agent     we ──▶ agent ────▶ daemon
     path=views     we ──────────────▶ daemon      (whose arena we map)
 
@@ -96,10 +97,12 @@ async def servers_of(job: Job) -> AsyncIterator[JobServers]:
             started.append(await stack.enter_async_context(daemons))
             endpoints = tuple(started[0].endpoints)
         relays: tuple[str, ...] = ()
-        if job.path in ("relay", "agent"):
+        if job.relay:
+            relays = job.relay
+        elif job.path in ("relay", "auto", "agent"):
             agents = Servers([_agent(job, endpoints, folder)])
             started.append(await stack.enter_async_context(agents))
-            if job.path == "relay":
+            if job.path != "agent":
                 relays = tuple(agents.endpoints)
             else:
                 endpoints = tuple(agents.endpoints)
@@ -113,7 +116,7 @@ def _agent(job: Job, storage: Sequence[str], folder: str) -> Command:
     # Daemons that were given to a job need not be reachable as our agent is.
     given = job.endpoint and job.path == "agent"
     words += ["--transport", "auto" if given else job.client_transport]
-    if job.path == "relay":
+    if job.path != "agent":
         words += ["--listen", listen_uri(job, folder, "")]
     else:
         words += ["--listen", "none", "--local", f"unix://{Path(folder, 'kvagent')}"]

@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from kvstore_bench.histogram import Histogram
 from kvstore_bench.job import Job
 from kvstore_bench.meter import DirectionTotals, Totals
+from kvstore_bench.runner import JobResult
+from kvstore_bench.sampling import Windows
 
 GIB = 1024**3
+# What becomes of a block that is read.
+_READ_WORDS = {"hit", "miss", "lost", "corrupt", "timeout", "unavailable"}
 
 
 class MeasuredDirection:
@@ -20,7 +24,9 @@ class MeasuredDirection:
         ios, short_ios: I/Os, and those of them with blocks that were missing or not stored.
         bw_bytes: Bytes a second.
         iops: I/Os a second.
-        slat, clat, lat: Latencies in nanoseconds.
+        slat, clat, lat, wait: Latencies in nanoseconds.
+        windows: What ended when.
+        first: Until the first group of layers was there.
         transports, paths: Bytes that travelled, by what moved them and by the path; those of
             blocks that were sent again are in it twice.
     """
@@ -32,6 +38,9 @@ class MeasuredDirection:
         self.bw_bytes = self.bytes / runtime_s if runtime_s else 0.0
         self.iops = self.ios / runtime_s if runtime_s else 0.0
         self.slat, self.clat, self.lat = Histogram(), Histogram(), Histogram()
+        self.wait = Histogram()
+        self.windows = Windows()
+        self.first = Histogram()
         self.transports: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
         for clone in clones:
@@ -40,6 +49,23 @@ class MeasuredDirection:
             self.slat.merge(clone.slat)
             self.clat.merge(clone.clat)
             self.lat.merge(clone.lat)
+            self.windows.merge(clone.windows)
+            if clone.first is not None:
+                self.first.merge(clone.first)
+            if clone.wait is not None:
+                self.wait.merge(clone.wait)
+
+
+def percent_of(part: float | None, whole: float) -> float | None:
+    """A part in percent; None if it is not known, or nothing is the whole."""
+    return None if part is None or not whole else 100 * part / whole
+
+
+def measured(result: JobResult) -> Measured | None:
+    """A result's clones put together; None if none of them could begin."""
+    if not result.clones:
+        return None
+    return Measured(result.job, result.clones, result.server_known)
 
 
 class Measured:
@@ -55,6 +81,7 @@ class Measured:
         server_s: Processor time of the servers; None if it is not known.
         spin_s: Processor time of threads that spin.
         verify_us_mean: What servers took to verify the views of an I/O.
+        behind_s: How long before the end the first I/O was due that never began.
         outcomes: Blocks by outcome.
     """
 
@@ -79,6 +106,7 @@ class Measured:
         self.checked_blocks = sum(clone.checked_blocks for clone in clones)
         verify_us = sum(clone.verify_us for clone in clones)
         self.verify_us_mean = verify_us / self.read.ios if self.read.ios else 0.0
+        self.behind_s = max(clone.behind_ns for clone in clones) / 1e9
         self.outcomes: Counter[str] = Counter()
         for clone in clones:
             self.outcomes.update(clone.outcomes)
@@ -87,6 +115,17 @@ class Measured:
     def bytes(self) -> int:
         """Read and written."""
         return self.read.bytes + self.write.bytes
+
+    @property
+    def hit_percent(self) -> float | None:
+        """Of the blocks that were read, those that came."""
+        reads = sum(count for word, count in self.outcomes.items() if word in _READ_WORDS)
+        return percent_of(self.outcomes["hit"], reads)
+
+    @property
+    def views_us(self) -> float:
+        """What the views of an I/O took on average, until they were given back."""
+        return self.read.lat.mean / 1e3
 
     @property
     def bw_bytes(self) -> float:

@@ -1,7 +1,8 @@
 """What is counted while a job runs: latencies, bytes, outcomes, processor time.
 
 The times of an I/O, as fio defines them: `slat` from the beginning of its submission until the
-call returns, `clat` from then until its last byte is there and verified, `lat` both together.
+call returns, `clat` from then until its last byte is there and verified, `lat` both together. With
+a rate, `wait` is the time from when an I/O was due until it began, and `lat` all three.
 
 An I/O counts if it was submitted after the ramp; the run ends with the last of them.
 """
@@ -19,6 +20,7 @@ import msgspec
 from kvstore_bench.children import cpu_ns
 from kvstore_bench.histogram import Histogram, Snapshot
 from kvstore_bench.job import Job
+from kvstore_bench.sampling import Windows
 
 # How often a job says how far it is.
 PROGRESS_INTERVAL_NS = 250_000_000
@@ -84,6 +86,10 @@ class DirectionTotals(msgspec.Struct, frozen=True):
         ios: I/Os that ended.
         short_ios: Of those, the ones with blocks that were not there, or not stored.
         transports, paths: Bytes that travelled, by what moved them here and by the path.
+        wait: From when they were due until they began; None without a rate.
+        windows: What ended when.
+        first: From when they were due until the first group of layers was there; None if no
+            layers come in groups.
     """
 
     bytes: int
@@ -94,6 +100,9 @@ class DirectionTotals(msgspec.Struct, frozen=True):
     lat: Snapshot
     transports: dict[str, int] = {}
     paths: dict[str, int] = {}
+    wait: Snapshot | None = None
+    windows: Windows = msgspec.field(default_factory=Windows)
+    first: Snapshot | None = None
 
 
 class Totals(msgspec.Struct, frozen=True):
@@ -106,6 +115,7 @@ class Totals(msgspec.Struct, frozen=True):
         wrong_blocks: Blocks that were read and are not what was written.
         checked_blocks: Blocks that were compared with what was written.
         verify_us: What servers took to compare views with their checksums.
+        behind_ns: How long before the end the first I/O was due that never began.
     """
 
     read: DirectionTotals
@@ -117,18 +127,22 @@ class Totals(msgspec.Struct, frozen=True):
     wrong_blocks: int
     checked_blocks: int
     verify_us: int = 0
+    behind_ns: int = 0
 
 
 class Direction:
     """Reads, or writes, while they happen."""
 
-    def __init__(self) -> None:
+    def __init__(self, paced: bool) -> None:
         self.bytes = 0
         self.ios = 0
         self.short_ios = 0
         self.slat = Histogram()
         self.clat = Histogram()
         self.lat = Histogram()
+        self.wait = Histogram() if paced else None
+        self.windows = Windows()
+        self.first: Histogram | None = None
         self.transports: Counter[str] = Counter()
         self.paths: Counter[str] = Counter()
 
@@ -141,6 +155,9 @@ class Direction:
             slat=self.slat.snapshot(),
             clat=self.clat.snapshot(),
             lat=self.lat.snapshot(),
+            wait=self.wait.snapshot() if self.wait is not None else None,
+            windows=self.windows,
+            first=self.first.snapshot() if self.first is not None else None,
             transports=dict(self.transports),
             paths=dict(self.paths),
         )
@@ -166,13 +183,15 @@ class Meter:
         on_progress: Callable[[int, int], None],
         spin_ns: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.read = Direction()
-        self.write = Direction()
+        paced = bool(job.io_interval_s)
+        self.read = Direction(paced)
+        self.write = Direction(paced)
         self.outcomes: Counter[str] = Counter()
         self.error = ""
         self.wrong_blocks = 0
         self.checked_blocks = 0
         self.verify_us = 0
+        self.behind_ns = 0
         self._pids = server_pids
         self._on_progress = on_progress
         self._spin_ns = spin_ns
@@ -186,12 +205,13 @@ class Meter:
         self._began: Usage | None = None
         self._last_ns = 0
 
-    def start(self) -> None:
-        """The clock runs from now on."""
+    def start(self) -> tuple[int, int]:
+        """The clock runs from now on; when that is, and when it is over (0: by size only)."""
         now = clock_ns()
         self._progress_at_ns = now
         self._counts_from_ns = now + self._ramp_ns
         self._ends_at_ns = self._counts_from_ns + self._runtime_ns if self._runtime_ns else 0
+        return now, self._ends_at_ns
 
     def counts(self, began_ns: int) -> bool:
         """Whether an I/O that begins at this time counts."""
@@ -206,23 +226,38 @@ class Meter:
         return bool(self.error) or 0 < self._ends_at_ns <= now_ns
 
     def completed(
-        self, is_read: bool, times_ns: tuple[int, int, int], good_bytes: int, short: bool
+        self,
+        is_read: bool,
+        times_ns: tuple[int, int, int],
+        good_bytes: int,
+        short: bool,
+        waited_ns: int = 0,
     ) -> None:
         """Count one I/O that counts.
 
         Args:
             times_ns: When it began, when it was submitted, when it had ended.
             good_bytes: Of blocks that are there, or were stored.
-            short: Whether that is less than was asked for.
+            short: Whether that is less than it should be.
+            waited_ns: From when it was due until it began.
         """
         direction = self.read if is_read else self.write
         began_ns, submitted_ns, ended_ns = times_ns
         direction.ios += 1
         direction.bytes += good_bytes
         direction.short_ios += short
+        direction.windows.record(ended_ns, good_bytes)
         direction.slat.record(submitted_ns - began_ns)
         direction.clat.record(ended_ns - submitted_ns)
-        direction.lat.record(ended_ns - began_ns)
+        direction.lat.record(waited_ns + ended_ns - began_ns)
+        if direction.wait is not None:
+            direction.wait.record(waited_ns)
+
+    def first_came(self, after_ns: int) -> None:
+        """The first group of layers of a read that counts was there so long after it was due."""
+        if self.read.first is None:
+            self.read.first = Histogram()
+        self.read.first.record(after_ns)
 
     def travelled(self, is_read: bool, runs: Sequence[Travelled]) -> None:
         """Count how the bytes of an I/O that counts came, or went."""
@@ -257,4 +292,5 @@ class Meter:
             wrong_blocks=self.wrong_blocks,
             checked_blocks=self.checked_blocks,
             verify_us=self.verify_us,
+            behind_ns=self.behind_ns,
         )

@@ -1,29 +1,18 @@
-"""Results as text and as JSON, in fio's shapes. Pure.
-
-JSON history (`"kvbench format"`):
-
-1   fio 3's names and units. An I/O of `kv` is a batch of blocks. Ours beside fio's: `trial`,
-    `cpu` and `blocks` in each job, `batch` always among its options; `blocks_iops`, blocks a
-    second, beside `iops`; `transports` and `paths`, bytes by what moved them and by the path,
-    in each direction; `spin`, the threads that spin in each clone and their processor time;
-    `views`, with path=views: what leasing, verifying and giving back an I/O's views took;
-    `summary` and `warnings` over several trials.
-"""
+"""Results as text, in fio's shape. Pure."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from kvstore.units import format_size_bytes
-from kvstore.version import VERSION
 from kvstore_bench.histogram import PERCENTILES, Histogram
 from kvstore_bench.job import Job
-from kvstore_bench.measured import Measured, MeasuredDirection
+from kvstore_bench.measured import Measured, MeasuredDirection, measured, percent_of
 from kvstore_bench.runner import JobResult
 
-FORMAT = 1
+# A job that was this late at its end could not keep its rate up.
+BEHIND_S = 0.1
 
 # As fio: the largest unit in which neither the smallest value nor the spread is lost.
 _TIME_UNITS = ((1_000_000, "msec"), (1_000, "usec"), (1, "nsec"))
@@ -31,147 +20,29 @@ _PERCENTILES_A_LINE = 4
 _BINARY = ((1024**2, "Mi"), (1024, "Ki"), (1, ""))
 
 
-def measured(result: JobResult) -> Measured | None:
-    """A result's clones put together; None if none of them could begin."""
-    if not result.clones:
-        return None
-    return Measured(result.job, result.clones, result.server_known)
-
-
-# --- JSON ------------------------------------------------------------------------------------
-
-
-def as_json(
-    results: Sequence[JobResult], now: float, machine: dict[str, Any], bins: bool
-) -> dict[str, Any]:
-    """All results, for `json.dumps`.
-
-    Args:
-        now: Seconds since 1970.
-        machine: What it ran on.
-        bins: Whether to add all buckets of the latencies (json+).
-    """
-    return {
-        "fio version": f"kvbench-{VERSION}",
-        "kvbench format": FORMAT,
-        "timestamp": int(now),
-        "timestamp_ms": int(now * 1000),
-        "time": time.strftime("%a %b %d %H:%M:%S %Y", time.localtime(now)),
-        "machine": machine,
-        "jobs": [_job_json(result, bins) for result in results],
-    }
-
-
-def _job_json(result: JobResult, bins: bool) -> dict[str, Any]:
-    job, found = result.job, measured(result)
-    entry: dict[str, Any] = {
-        "jobname": job.name,
-        "groupid": result.group,
-        "trial": result.trial,
-        "job_start": int(result.began_at * 1000),
-        "error": 1 if result.error else 0,
-        "error_text": result.error,
-        "eta": 0,
-        "elapsed": round(result.elapsed_s),
-        # Beside what was given `batch`, without which nobody knows what an I/O is.
-        "job options": {"name": job.name, "batch": str(job.batch), **dict(job.given)},
-    }
-    if found is None:
-        return entry
-    runtime_ms = round(found.runtime_s * 1000)
-    share = 100 / found.clones_s if found.clones_s else 0.0
-    entry |= {
-        "read": _direction_json(found.read, job.bs, runtime_ms, bins),
-        "write": _direction_json(found.write, job.bs, runtime_ms, bins),
-        "job_runtime": round(found.clones_s * 1000),
-        "usr_cpu": found.user_s * share,
-        "sys_cpu": found.system_s * share,
-        "ctx": found.switches,
-        "majf": found.major_faults,
-        "minf": found.minor_faults,
-        "server_cpu": _percent(found.server_s, found.runtime_s),
-        "cpu": {
-            "client_s": found.client_s,
-            "server_s": found.server_s,
-            "client_s_per_gib": found.client_s_per_gib,
-            "server_s_per_gib": found.server_s_per_gib,
-            "s_per_gib": found.cpu_s_per_gib,
-            "server_us_per_block": found.server_us_per_block,
-        },
-        "spin": {"threads": job.spin, "outside": job.spin_outside, "cpu_s": found.spin_s},
-        "blocks": {
-            "outcomes": dict(sorted(found.outcomes.items())),
-            "checked": found.checked_blocks,
-            "wrong": found.wrong_blocks,
-        },
-    }
-    if job.path == "views":
-        entry["views"] = {
-            "verify_us_mean": found.verify_us_mean,
-            "other_us_mean": _views_us(found) - found.verify_us_mean,
-        }
-    return entry
-
-
-def _views_us(found: Measured) -> float:
-    return found.read.lat.mean / 1e3
-
-
-def _percent(part: float | None, whole: float) -> float | None:
-    return None if part is None or not whole else 100 * part / whole
-
-
-def _direction_json(
-    found: MeasuredDirection, block_bytes: int, runtime_ms: int, bins: bool
-) -> dict[str, Any]:
-    return {
-        "io_bytes": found.bytes,
-        "io_kbytes": found.bytes // 1024,
-        "bw_bytes": round(found.bw_bytes),
-        "bw": round(found.bw_bytes / 1024),
-        "iops": found.iops,
-        "blocks_iops": found.bw_bytes / block_bytes,
-        "transports": dict(sorted(found.transports.items())),
-        "paths": dict(sorted(found.paths.items())),
-        "runtime": runtime_ms if found.ios else 0,
-        "total_ios": found.ios,
-        "short_ios": found.short_ios,
-        "drop_ios": 0,
-        "slat_ns": _latency_json(found.slat, bins),
-        "clat_ns": _latency_json(found.clat, bins),
-        "lat_ns": _latency_json(found.lat, bins),
-    }
-
-
-def _latency_json(found: Histogram, bins: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "min": found.minimum if found.count else 0,
-        "max": found.maximum,
-        "mean": found.mean,
-        "stddev": found.deviation,
-        "N": found.count,
-    }
-    if found.count:
-        entry["percentile"] = {f"{p:.6f}": found.percentile(p) for p in PERCENTILES}
-        if bins:
-            entry["bins"] = {str(value): count for value, count in found.bins().items()}
-    return entry
-
-
-# --- text ------------------------------------------------------------------------------------
-
-
 def describe(job: Job, group: int) -> str:
     """A job before it runs, in one line."""
     text = f"{job.name}: (g={group}): rw={job.rw}, bs={format_size_bytes(job.bs)}"
+    text += f" ({job.model}, {job.page_tokens} tokens)" * bool(job.model)
     text += f", batch={job.batch}, ioengine={job.ioengine}, iodepth={job.iodepth}"
+    text += f", {rate_text(job)}" * bool(job.io_interval_s)
     if job.ioengine == "kv":
         text += f", path={job.path}" * (job.path != "direct")
         text += f", transport={job.transport}" * (job.transport != "auto")
+        text += f", layout={job.layout}" * (job.layout != "block")
+        text += f", order={job.order} by {job.group_layers}" * (job.order != "block")
+        text += f", hit_rate={job.hit_rate:g}" * (job.hit_rate < 100)
         text += ", held" * job.held
         text += ", verify_checksums=0" * (not job.verify_checksums)
     text += f", spin={_spin_text(job)}" if job.spin else ""
     return text + (f", numjobs={job.numjobs}" if job.numjobs > 1 else "")
+
+
+def rate_text(job: Job) -> str:
+    """How often I/Os of a clone are due, in the words of its options."""
+    if job.rate_iops:
+        return f"rate_iops={job.rate_iops} {job.rate_process}"
+    return f"rate={format_size_bytes(job.rate)}/s {job.rate_process}"
 
 
 def _spin_text(job: Job) -> str:
@@ -208,7 +79,7 @@ def _job_lines(result: JobResult, trials: int) -> list[str]:
     share = 100 / found.clones_s if found.clones_s else 0.0
     cpu = f"  cpu          : usr={found.user_s * share:.2f}%, sys={found.system_s * share:.2f}%"
     cpu += f", ctx={found.switches}, majf={found.major_faults}, minf={found.minor_faults}"
-    server_percent = _percent(found.server_s, found.runtime_s)
+    server_percent = percent_of(found.server_s, found.runtime_s)
     if server_percent is not None:
         cpu += f", server={server_percent:.2f}%"
     lines.append(cpu)
@@ -219,14 +90,33 @@ def _job_lines(result: JobResult, trials: int) -> list[str]:
     if found.outcomes:
         counts = ", ".join(f"{word}={count}" for word, count in sorted(found.outcomes.items()))
         lines.append(f"  blocks       : {counts}")
+    if job.hit_rate < 100 and job.reads:
+        percent = found.hit_percent
+        came = "-" if percent is None else f"{percent:.2f}%"
+        lines.append(f"  hit rate     : {came} of {job.hit_rate:g}%")
+    if job.io_interval_s:
+        lines.append(f"  rate         : {_rate_line(job, found)}")
     lines += _travel_lines(found)
     if job.path == "views" and found.read.ios:
-        other_us = _views_us(found) - found.verify_us_mean
+        other_us = found.views_us - found.verify_us_mean
         text = f"{other_us:.1f} us an I/O beside {found.verify_us_mean:.1f} us of verification"
         lines.append(f"  views        : {text}" + ", copied out for verify=1" * job.verify)
     if job.verify:
         lines.append(f"  verify       : {found.checked_blocks} blocks, {found.wrong_blocks} wrong")
     return lines
+
+
+def _rate_line(job: Job, found: Measured) -> str:
+    asked = job.numjobs / job.io_interval_s
+    did = found.read.iops + found.write.iops
+    text = f"asked {_rate_number(asked)} IOPS, did {_rate_number(did)}"
+    if found.behind_s > max(BEHIND_S, job.io_interval_s):
+        text += f"; fell behind: {found.behind_s:.2f} s at the end, so that waits grow with runtime"
+    return text
+
+
+def _rate_number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}"
 
 
 def _travel_lines(found: Measured) -> list[str]:
@@ -267,10 +157,17 @@ def _direction_lines(name: str, found: MeasuredDirection, runtime_s: float, unit
     ]
     if found.short_ios:
         lines.append(f"    short: {found.short_ios} of {found.ios} I/Os lack blocks")
+    if found.wait.count:
+        lines.append(_latency_line("wait", found.wait))
     for label, histogram in (("slat", found.slat), ("clat", found.clat), (" lat", found.lat)):
         if histogram.maximum or label != "slat":
             lines.append(_latency_line(label, histogram))
-    return lines + _percentile_lines(found.clat)
+    if found.first.count:
+        lines.append(_latency_line("first", found.first))
+    # With a rate, what the caller of an I/O sees begins when it was due.
+    if found.wait.count:
+        return lines + _percentile_lines("lat", found.lat)
+    return lines + _percentile_lines("clat", found.clat)
 
 
 def _time_unit(found: Histogram) -> tuple[int, str]:
@@ -288,12 +185,12 @@ def _latency_line(label: str, found: Histogram) -> str:
     )
 
 
-def _percentile_lines(found: Histogram) -> list[str]:
+def _percentile_lines(label: str, found: Histogram) -> list[str]:
     factor, name = _time_unit(found)
     values = [(percent, found.percentile(percent) // factor) for percent in PERCENTILES]
     width = max(len(str(value)) for _, value in values)
     cells = [f"{percent:5.2f}th=[{value:>{width}}]" for percent, value in values]
-    lines = [f"    clat percentiles ({name}):"]
+    lines = [f"    {label} percentiles ({name}):"]
     for at in range(0, len(cells), _PERCENTILES_A_LINE):
         lines.append("     | " + ", ".join(cells[at : at + _PERCENTILES_A_LINE]))
     return lines

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from kvstore_bench.job import Job
-from kvstore_bench.measured import Measured
-from kvstore_bench.report import bandwidth_text, measured
+from kvstore_bench.measured import Measured, measured
+from kvstore_bench.report import bandwidth_text
 from kvstore_bench.runner import JobResult
 
 # A limit that is farther than this from its median in some trial measures what else runs.
@@ -27,7 +27,7 @@ def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
 
     `ratio` compares with the first job whose ioengine is raw and whose I/Os are as large, in
     blocks of the same size; where threads spin, with the first job that is the same without them.
-    It is None without one.
+    It is None without one, and of a job with a rate, which is not to be as fast as it can.
     """
     by_job: dict[str, dict[int, Measured]] = {}
     jobs: dict[str, Job] = {}
@@ -48,6 +48,8 @@ def summarize(results: Sequence[JobResult]) -> list[dict[str, Any]]:
         job = jobs[name]
         if job.spin:
             reference = undisturbed.get(_without_spin(job), "")
+        elif job.io_interval_s:
+            reference = ""
         else:
             reference = limits.get((job.bs, job.batch), "")
         entries.append(_entry(name, found_by_trial, reference, by_job.get(reference, {})))

@@ -7,15 +7,18 @@ An I/O has a number; its blocks are `number * batch` and those that follow, one 
     0 ............ io_count        the working set: stored before a job that reads begins
     io_count ...                   written by the job, each number once: fresh keys for ever
 
+With a hit rate below 100 % only the first blocks of a prefix of the working set are stored.
+
 What is written goes round `size` too: with `randwrite` each round has its own order.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +30,22 @@ from kvstore_bench.job import Job
 # another block, or of an older one in the same memory, is a wrong one.
 PAGE_WORDS = 512
 KEY_PREFIX_BYTES = 24
+# What decimal percentages lose in binary must not lose a block.
+_ROUNDING = 1e-6
 
 Words = NDArray[np.uint64]
 
 
 class Operation(NamedTuple):
-    """One I/O to do."""
+    """One I/O to do.
+
+    Attributes:
+        blocks: How many of its blocks are, or will be, stored: the first ones.
+    """
 
     is_read: bool
     number: int
+    blocks: int
 
 
 def rounds(count: int, shuffled: bool, seed: int) -> Iterator[int]:
@@ -92,11 +102,18 @@ class Workload:
             self._left -= 1
         share = self._read_share
         if share == 1.0 or (share and self._draws.random() < share):
-            return Operation(True, next(self._reads))
+            number = next(self._reads)
+            return Operation(True, number, self.stored_blocks(number))
         turn, self.written_count = self.written_count // self.io_count, self.written_count + 1
         number = self.preload_count + turn * self.io_count + next(self._writes)
         self.last_written.append(number)
-        return Operation(False, number)
+        return Operation(False, number, self._job.batch)
+
+    def stored_blocks(self, number: int) -> int:
+        """Blocks of an I/O of the working set that are stored, so that all together have the
+        job's hit rate."""
+        each = self._job.batch * self._job.hit_rate / 100
+        return math.floor((number + 1) * each + _ROUNDING) - math.floor(number * each + _ROUNDING)
 
 
 class Contents:
@@ -104,18 +121,22 @@ class Contents:
 
     Args:
         seed: Of the pattern.
+        layers: Pieces of a block, each of which lies beside those of the other blocks of an I/O:
+            `[layer, block, bytes]`. With one, blocks lie one after the other.
     """
 
-    def __init__(self, bs: int, batch: int, seed: int) -> None:
+    def __init__(self, bs: int, batch: int, seed: int, layers: int = 1) -> None:
+        self._shape = (layers, batch, bs // 8 // layers)
         self._batch = batch
-        self._numbers = np.arange(batch, dtype=np.uint64)[:, None]
+        self._numbers = np.arange(batch, dtype=np.uint64)[:, None, None]
         generator = np.random.default_rng(seed)
-        self._pattern: Words = generator.integers(0, 2**64, bs // 8, dtype=np.uint64)
+        pattern: Words = generator.integers(0, 2**64, bs // 8, dtype=np.uint64)
+        self._pattern: Words = pattern.reshape(layers, -1)
         self._expected = self._pattern.copy()
 
     def words(self, buffer: memoryview) -> Words:
-        """The memory of one I/O as `(batch, bs / 8)` words."""
-        return np.frombuffer(buffer, dtype=np.uint64).reshape(self._batch, len(self._pattern))
+        """The memory of one I/O as words: block, layer, word."""
+        return np.frombuffer(buffer, dtype=np.uint64).reshape(self._shape).swapaxes(0, 1)
 
     def fill(self, words: Words) -> None:
         """Write the pattern into the memory of an I/O."""
@@ -123,15 +144,15 @@ class Contents:
 
     def stamp(self, words: Words, io_number: int) -> None:
         """Make filled memory that of one I/O: a few words a block."""
-        words[:, ::PAGE_WORDS] = self._numbers + np.uint64(io_number * self._batch)
+        words[:, :, ::PAGE_WORDS] = self._numbers + np.uint64(io_number * self._batch)
 
-    def wrong_blocks(self, words: Words, io_number: int, hits: list[bool]) -> list[int]:
+    def wrong_blocks(self, words: Words, io_number: int, hits: Sequence[bool]) -> list[int]:
         """Indices of the blocks among `hits` that are not what was written."""
         expected = self._expected
         wrong = []
         for index in range(self._batch):
             if hits[index]:
-                expected[::PAGE_WORDS] = io_number * self._batch + index
+                expected[:, ::PAGE_WORDS] = io_number * self._batch + index
                 if not np.array_equal(words[index], expected):
                     wrong.append(index)
         return wrong
@@ -149,9 +170,10 @@ class Keys:
         self._prefix = hashlib.sha256(text).digest()[:KEY_PREFIX_BYTES]
         self._batch = job.batch
 
-    def of_io(self, number: int) -> list[bytes]:
-        """The keys of one I/O."""
-        return self.of_blocks(number * self._batch, (number + 1) * self._batch)
+    def of_io(self, number: int, blocks: int | None = None) -> list[bytes]:
+        """The keys of one I/O, or of its first blocks."""
+        first = number * self._batch
+        return self.of_blocks(first, first + (self._batch if blocks is None else blocks))
 
     def of_blocks(self, first: int, last: int) -> list[bytes]:
         """The keys of blocks `[first, last)`."""

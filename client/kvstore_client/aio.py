@@ -573,6 +573,8 @@ class AsyncClient:
             corrupt_blocks     came damaged; those too of which another daemon had a good copy
             reconnects         links that were lost and are up again
             breaker_openings   times that a daemon was left alone
+            plans_within_16us, _32us, ... _1024us, plans_later
+                               choices of paths, by how long they took
             reports_refused    load reports in which a peer spoke for another node, or under a
                                name that another peer has already
         """

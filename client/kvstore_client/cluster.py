@@ -120,7 +120,13 @@ class Cluster(Ways):
                 raise ConfigError("relays", endpoint, "must not be one of the daemons")
         self._links: list[PeerLink] = []
         self.relays = Relays(
-            options.node_id, options.policy, [], [], self.reports, random.Random(options.seed)
+            options.node_id,
+            options.policy,
+            [],
+            [],
+            self.reports,
+            random.Random(options.seed),
+            self.counters,
         )
         self._tasks: set[asyncio.Task[None]] = set()
         self._jobs: set[FetchJob | PutJob] = set()
@@ -172,7 +178,13 @@ class Cluster(Ways):
         self._voices = Voices(self.reports, self.counters, self._links)
         agents = [PeerLink(self._loop, endpoint, setup) for endpoint in self._relay_endpoints]
         self.relays = Relays(
-            options.node_id, options.policy, self._links, agents, self.reports, draws
+            options.node_id,
+            options.policy,
+            self._links,
+            agents,
+            self.reports,
+            draws,
+            self.counters,
         )
         self._peers = PeerLinks(self._loop, setup, self._namespaces)
         tries = [asyncio.ensure_future(link.tried()) for link in (*self._links, *agents)]

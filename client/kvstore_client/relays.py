@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import logging
 import random
+import time
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 
 from kvstore.endpoint import parse_endpoint
@@ -59,6 +62,16 @@ def check_relays(relays: Sequence[str]) -> list[str]:
     return endpoints
 
 
+#: Plans are counted by these times; what took longer is `plans_later`.
+PLAN_BOUNDS_US = (16, 32, 64, 128, 256, 512, 1024)
+_PLAN_COUNTERS = (*(f"plans_within_{bound}us" for bound in PLAN_BOUNDS_US), "plans_later")
+
+
+def _within(seconds: float) -> str:
+    """The counter of a plan that took so long."""
+    return _PLAN_COUNTERS[bisect_left(PLAN_BOUNDS_US, seconds * 1e6)]
+
+
 class Relays:
     """Paths to choose from, on the loop's thread.
 
@@ -68,6 +81,7 @@ class Relays:
         links: Links to the agents that may relay.
         reports: Newest load report of each node.
         draws: Chance.
+        counters: Of the client: plans by how long they took, each in the first that it kept to.
 
     Attributes:
         inflight: The meters of all paths.
@@ -81,9 +95,11 @@ class Relays:
         links: Sequence[PeerLink],
         reports: ReportTable,
         draws: random.Random,
+        counters: Counter[str],
     ) -> None:
         self.links = links
         self.inflight = Inflight(node_id, [link.peer for link in daemons])
+        self._counters = counters
         self._selector = Selector(policy)
         self._policy = policy
         self._daemons = daemons
@@ -121,9 +137,12 @@ class Relays:
 
     def plan(self, spans: Sequence[Span], block_bytes: int, route: Route, now: float) -> Plan:
         """Which blocks go which way."""
+        begun_at = time.perf_counter()
         self._refresh(now)
         request = Request(spans, block_bytes, route.decode_node)
-        return self._selector.plan(request, self._reports, self.inflight, now, self._draw())
+        plan = self._selector.plan(request, self._reports, self.inflight, now, self._draw())
+        self._counters[_within(time.perf_counter() - begun_at)] += 1
+        return plan
 
     def estimate_s(
         self, spans: Sequence[Span], block_bytes: int, route: Route, now: float

@@ -25,9 +25,9 @@ LIMITS = str(ROOT / "bench" / "jobs" / "limits.ini")
 SMALL = ["--bs=64k", "--batch=4", "--size=8m", "--iodepth=2"]
 
 
-def kvbench(*words: str) -> subprocess.CompletedProcess[str]:
+def kvbench(*words: str, command: str = "run") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kvstore_bench", "run", *words],
+        [sys.executable, "-m", "kvstore_bench", command, *words],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -194,6 +194,16 @@ def test_blocks_of_a_model_go_into_tensors_of_layers(words: list[str]) -> None:
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.parametrize("path", ["direct", "relay", "agent"])
+def test_the_first_layers_are_there_before_the_others(path: str) -> None:
+    words = ["--name=a", "--layers=4", "--order=layer", "--group_layers=2", f"--path={path}"]
+    (job,) = run_json(*words, "--verify=1", *SMALL)["jobs"]
+    read = job["read"]
+    assert read["first_ns"]["N"] == read["total_ios"] == 32
+    assert 0 < read["first_ns"]["mean"] < read["lat_ns"]["mean"]
+    assert job["blocks"]["wrong"] == 0
+
+
 @pytest.mark.parametrize("path", ["direct", "relay", "agent", "views"])
 def test_what_was_never_stored_is_a_miss_on_every_path(path: str) -> None:
     words = ["--name=a", "--rw=randread", f"--path={path}", "--hit_rate=62.5", "--verify=1"]
@@ -330,13 +340,39 @@ def test_clones_add_up() -> None:
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.asyncio
+async def test_clones_are_processes_that_share_one_daemon() -> None:
+    words = ["--runtime=600", "--time_based", "--eta=always", "--numjobs=3", *SMALL]
+    with started("--name=a", *words) as bench:
+        wait_for(bench, rb"\[r=[0-9.]+[KMG]iB/s\]")
+        lines = [command_line(pid) for pid in children(bench.pid)]
+        bench.terminate()
+        bench.communicate(timeout=TIMEOUT_S)
+    assert sum(b"kvstore_bench.worker" in line for line in lines) == 3
+    assert sum(b"kvstore_daemon" in line for line in lines) == 1
+
+
+def test_results_are_compared_and_drawn(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path in paths:
+        words = ["--name=a", "--ioengine=null", "--trials=3", f"--output={path}", *SMALL]
+        assert kvbench(*words, "--output-format=json").returncode == 0
+    done = kvbench(*paths, command="compare")
+    # The tool's own cost differs as the machine does.
+    assert done.returncode in (0, 1), done.stderr
+    assert re.search(r"^a +read bandwidth .*(same|noise|better|worse)", done.stdout, re.MULTILINE)
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    done = kvbench(paths[0], command="plot")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'a.svg'}\n"), done.stderr
+
+
 def test_the_three_jobs_of_limits_come_in_one_json_with_their_ratios(tmp_path: Path) -> None:
     path = tmp_path / "limits.json"
     words = ["--size=32m", "--runtime=200ms", "--ramp_time=50ms", "--trials=2"]
     done = kvbench(LIMITS, *words, "--output-format=json+", f"--output={path}")
     assert (done.returncode, done.stdout) == (0, "")
-    # A busy machine may be told of, and nothing else.
-    warnings = done.stderr.splitlines()
+    # A busy machine may be told of, also by asyncio's debug mode, and nothing else.
+    warnings = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
     assert all(line.startswith("kvbench run: unstable: ") for line in warnings), done.stderr
     document = json.loads(path.read_text())
     names = [(job["jobname"], job["trial"]) for job in document["jobs"]]
@@ -385,7 +421,8 @@ def test_a_daemon_that_is_not_there_is_a_failed_job() -> None:
     (job,) = document["jobs"]
     assert job["error"] == 1
     assert "unix:///nowhere/k.sock" in job["error_text"]
-    assert "read" not in job
+    assert job["read"]["total_ios"] == job["write"]["total_ios"] == 0
+    assert "cpu" not in job
 
 
 @pytest.mark.asyncio

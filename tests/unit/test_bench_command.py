@@ -32,8 +32,8 @@ def test_a_flag_alone_does_not_take_the_next_word() -> None:
         (["--name=a", "--output-format=xml"], "--output-format=xml: must be normal or json"),
         (
             ["nowhere.ini"],
-            "JOBFILE=nowhere.ini: no such file; ours are busy.ini, limits.ini, rdma.ini, shm.ini,"
-            " small.ini",
+            "JOBFILE=nowhere.ini: no such file; ours are busy.ini, layers.ini, limits.ini,"
+            " model.ini, poisson.ini, rdma.ini, shm.ini, small.ini",
         ),
         (["--name=a", "--output=/nowhere/a"], "--output=/nowhere/a: there is no folder /nowhere"),
         (["limits.ini", "--section=kv"], "section=kv: there are raw, kv-read, kv-write"),

@@ -12,6 +12,8 @@ from kvstore_bench.options import OPTIONS, TRANSPORTS, parse_duration_s
 from kvstore_client import transports
 from tests.support.tree import ROOT
 
+JOB_FILES = sorted(path.name for path in (ROOT / "bench" / "jobs").glob("*.ini"))
+
 FILE = """
 # a comment
 [global]
@@ -122,6 +124,8 @@ def test_stonewall_begins_a_group() -> None:
             r"layout=layer: path=vi",
         ),
         ({"layout": "layer", "layers": "4", "bs": "24"}, r"layout=layer: layers of 6 bytes are no"),
+        ({"group_layers": "2", "layers": "4"}, r"group_layers=2: needs order=layer"),
+        ({"group_layers": "2", "order": "layer"}, r"group_layers=2: a block has 1 layers"),
         ({"hit_rate": "101"}, r"hit_rate=101: must be a percentage from 0 to 100"),
         ({"hit_rate": "most"}, r"hit_rate=most: must be a percentage"),
         ({"rate": "0"}, r"rate=0: must be above 0"),
@@ -346,10 +350,45 @@ def test_rdma_compares_equal_streams_that_fit_a_small_machine() -> None:
     assert len(groups(jobs)) == 4
 
 
-@pytest.mark.parametrize("name", ["busy.ini", "limits.ini", "rdma.ini", "shm.ini", "small.ini"])
+@pytest.mark.parametrize("name", JOB_FILES)
 def test_our_own_job_files_are_right(name: str) -> None:
     path = ROOT / "bench" / "jobs" / name
     assert assemble([(name, path.read_text())], [])
+
+
+def test_models_are_read_by_blocks_and_by_layers() -> None:
+    path = ROOT / "bench" / "jobs" / "model.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert [(one.model, one.layout, one.order) for one in jobs] == [
+        ("deepseek-v3", "block", "block"),
+        ("deepseek-v3", "layer", "layer"),
+        ("llama-3.1-8b", "block", "block"),
+        ("llama-3.1-8b", "layer", "layer"),
+    ]
+    assert {one.page_tokens * one.batch for one in jobs} == {256}
+    assert len(groups(jobs)) == 4
+
+
+def test_layers_compares_both_orders_on_both_paths() -> None:
+    path = ROOT / "bench" / "jobs" / "layers.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert [(one.path, one.order, -(-one.layers // one.group_layers)) for one in jobs] == [
+        ("direct", "block", 61),
+        ("direct", "layer", 8),
+        ("relay", "block", 61),
+        ("relay", "layer", 8),
+    ]
+    assert len({(one.bs, one.batch, one.iodepth, one.size) for one in jobs}) == 1
+    assert len(groups(jobs)) == 4
+
+
+def test_poisson_gives_an_open_loop_more_to_do_each_time() -> None:
+    path = ROOT / "bench" / "jobs" / "poisson.ini"
+    jobs = assemble([(str(path), path.read_text())], [])
+    assert {one.rate_process for one in jobs} == {"poisson"}
+    assert [one.rate for one in jobs] == sorted({one.rate for one in jobs})
+    assert len({(one.bs, one.batch, one.iodepth, one.size) for one in jobs}) == 1
+    assert len(groups(jobs)) == len(jobs)
 
 
 def test_limits_compares_equal_streams() -> None:

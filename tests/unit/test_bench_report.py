@@ -7,7 +7,7 @@ import json
 import msgspec
 import pytest
 
-from kvstore_bench.fiojson import as_json
+from kvstore_bench.fiojson import FIO_BIN_MAX_NS, as_json
 from kvstore_bench.histogram import Histogram
 from kvstore_bench.job import Job
 from kvstore_bench.measured import measured
@@ -98,6 +98,100 @@ def test_json_has_fios_names_and_units() -> None:
 def test_json_plus_has_bins() -> None:
     document = as_json([result()], 0.0, {}, bins=True)
     assert sum(document["jobs"][0]["read"]["clat_ns"]["bins"].values()) == 64
+
+
+def test_bins_are_where_fio_looks_for_them() -> None:
+    slow = Histogram()
+    for value in (1, 100, 129, 12_345, 10**9, 30 * 10**9, 40 * 10**9):
+        slow.record(value)
+    reads = DirectionTotals(1, 7, 0, Histogram().snapshot(), slow.snapshot(), slow.snapshot())
+    totals = msgspec.structs.replace(clone(), read=reads)
+    job = as_json([result(clones=[totals])], 0.0, {}, bins=True)["jobs"][0]
+    # fio's plat_idx_to_val: the middle of a 64th of a power of two, and the last one for the rest.
+    assert job["read"]["lat_ns"]["bins"] == {
+        "1": 1,
+        "100": 1,
+        "129": 1,
+        "12352": 1,
+        "1002438656": 1,
+        str(FIO_BIN_MAX_NS): 2,
+    }
+    assert job["latency_ns"]["2"] == pytest.approx(100 / 7)
+    assert job["latency_ns"]["250"] == pytest.approx(200 / 7)
+    assert job["latency_us"]["20"] == pytest.approx(100 / 7)
+    assert job["latency_ms"]["2000"] == pytest.approx(100 / 7)  # the middle of its bucket
+    assert job["latency_ms"][">=2000"] == pytest.approx(200 / 7)
+    kinds = ("latency_ns", "latency_us", "latency_ms")
+    assert sum(sum(job[kind].values()) for kind in kinds) == pytest.approx(100)
+
+
+def test_a_direction_that_was_not_used_has_zeros() -> None:
+    for one in (result(), result(clones=[], error="no daemon")):
+        job = as_json([one], 0.0, {}, bins=True)["jobs"][0]
+        assert job["trim"]["total_ios"] == job["trim"]["bw_bytes"] == 0
+        assert job["trim"]["clat_ns"] == {"min": 0, "max": 0, "mean": 0, "stddev": 0, "N": 0}
+
+
+def paced(**options: object) -> JobResult:
+    wait = Histogram()
+    for _ in range(64):
+        wait.record(3 * MS)
+    reads = msgspec.structs.replace(direction(64), wait=wait.snapshot())
+    totals = msgspec.structs.replace(clone(), read=reads, behind_ns=1500 * MS)
+    job = Job(name="a", **options)  # type: ignore[arg-type]
+    return msgspec.structs.replace(result(clones=[totals]), job=job)
+
+
+def test_a_rate_is_reported_with_its_waits() -> None:
+    one = paced(rate_iops=100, rate_process="poisson")
+    job = as_json([one], 0.0, {}, bins=False)["jobs"][0]
+    assert job["rate"] == {"iops_asked": 100, "process": "poisson", "behind_s": 1.5}
+    assert job["read"]["wait_ns"]["mean"] == 3 * MS
+    text = as_text([one], 1)
+    assert "    wait (usec): min=3000" in text
+    assert "lat percentiles" in text
+    assert "rate         : asked 100.0 IOPS, did 64.0; fell behind: 1.50 s at the end" in text
+    assert "rate_iops=100 poisson" in describe(one.job, 0)
+
+
+def test_without_a_rate_there_are_no_waits() -> None:
+    job = as_json([result()], 0.0, {}, bins=False)["jobs"][0]
+    assert "rate" not in job
+    assert "wait_ns" not in job["read"]
+
+
+def test_a_job_with_a_rate_is_not_compared_with_the_limit() -> None:
+    raw = result("raw", "raw")
+    assert summarize([raw, result()])[1]["reference"] == "raw"
+    assert summarize([raw, paced(rate_iops=100)])[1]["reference"] == ""
+
+
+def test_the_first_group_of_layers_is_reported_where_there_is_one() -> None:
+    first = Histogram()
+    first.record(2 * MS)
+    reads = msgspec.structs.replace(direction(1), first=first.snapshot())
+    one = result(clones=[msgspec.structs.replace(clone(), read=reads)])
+    assert as_json([one], 0.0, {}, False)["jobs"][0]["read"]["first_ns"]["mean"] == 2 * MS
+    assert "    first (usec): min=2000" in as_text([one], 1)
+    assert "first_ns" not in as_json([result()], 0.0, {}, False)["jobs"][0]["read"]
+    assert "first" not in as_text([result()], 1)
+
+
+def test_a_hit_rate_is_reported_beside_what_was_asked_for() -> None:
+    totals = msgspec.structs.replace(clone(reads=1), outcomes={"hit": 12, "miss": 4, "stored": 9})
+    job = Job(name="a", rw="randrw", hit_rate=80.0)
+    one = msgspec.structs.replace(result(clones=[totals]), job=job)
+    assert as_json([one], 0.0, {}, False)["jobs"][0]["hit_rate"] == {"asked": 80, "percent": 75}
+    assert "  hit rate     : 75.00% of 80%" in as_text([one], 1)
+    assert "hit_rate=80" in describe(job, 0)
+
+
+def test_a_model_is_named_with_the_blocks_that_follow_from_it() -> None:
+    job = Job(name="a", model="qwen3-8b", bs=9 * MIB, layers=36, given=(("model", "qwen3-8b"),))
+    one = msgspec.structs.replace(result(), job=job)
+    options = as_json([one], 0.0, {}, False)["jobs"][0]["job options"]
+    assert (options["model"], options["bs"], options["layers"]) == ("qwen3-8b", "9437184", "36")
+    assert "bs=9MiB (qwen3-8b, 64 tokens)" in describe(job, 0)
 
 
 def test_a_job_that_could_not_begin_says_why() -> None:

@@ -12,7 +12,7 @@ from kvstore_bench.engines.base import Completion, OnStep, SlotEngine, Task
 from kvstore_bench.engines.null import NullEngine
 from kvstore_bench.job import Job
 from kvstore_bench.jobservers import AGENT_BYTES_MIN, agent_bytes, arena_bytes, listen_uri
-from kvstore_bench.meter import Meter, Travelled
+from kvstore_bench.meter import Meter, Travelled, clock_ns
 from kvstore_bench.progress import ProgressLine, Quiet
 from kvstore_bench.runner import Gate
 from kvstore_bench.worker import Progress, Step
@@ -114,6 +114,16 @@ async def test_wrong_bytes_end_the_job_and_are_counted() -> None:
     assert meter.totals().wrong_blocks == 1
     assert meter.totals().error == "1 blocks of I/O 0 hold wrong bytes"
     assert meter.read.ios == 1
+
+
+@pytest.mark.asyncio
+async def test_the_first_layers_come_after_an_io_was_due() -> None:
+    now = clock_ns() + 10**12
+    script = [Completion([True] * 2, ["hit"] * 2, first_ns=now), GOOD]
+    first = (await run(ScriptedEngine(small_job(iodepth=1), script))).totals().read.first
+    assert first is not None
+    assert first.count == 1
+    assert 0 < 10**12 - first.total < 10**12
 
 
 @pytest.mark.asyncio

@@ -11,6 +11,7 @@ from kvstore_bench.emulate.records import Arrivals, Played, Record
 from kvstore_bench.emulate.results import (
     Links,
     balance,
+    bound_of,
     loaded_times,
     percentiles,
     rate_while,
@@ -119,6 +120,15 @@ def test_what_was_not_measured_is_no_number_in_json() -> None:
     assert plain["load_Bps"] is None
     assert plain["fetch_s"]["p50"] is None
     json.loads(json.dumps(plain, allow_nan=False))
+
+
+def test_bounds_hold_for_as_many_as_they_say() -> None:
+    counts = {16.0: 50, 32.0: 48, float("inf"): 2}
+    assert bound_of(counts, 50) == 16
+    assert bound_of(counts, 51) == 32
+    assert bound_of(counts, 98) == 32
+    assert bound_of(counts, 99) == math.inf
+    assert math.isnan(bound_of({}, 50))
 
 
 def test_percentiles_are_values_that_were_there() -> None:

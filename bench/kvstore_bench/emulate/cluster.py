@@ -13,12 +13,15 @@ finds anything in memory that another one has loaded.
 from __future__ import annotations
 
 import asyncio
+import re
 import tempfile
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from kvstore.errors import KVStoreError
 from kvstore_bench.children import stop_all
 from kvstore_bench.emulate.session import EngineSession
 from kvstore_bench.emulate.shape import Needs
@@ -26,6 +29,7 @@ from kvstore_bench.emulate.steps import Setup
 from kvstore_bench.emulate.work import Work
 from kvstore_bench.shaped.network import COMPUTE, STORAGE
 from kvstore_bench.shaped.nodes import AGENT_PORT, Node, NodeFailed
+from kvstore_client import AsyncClient
 from kvstore_client.selector import Policy
 
 MIB = 1024 * 1024
@@ -34,6 +38,8 @@ DAEMON_SLACK_BYTES = 64 * MIB
 # Half of an agent's memory may be leased to requests under way, and fills need room beside.
 AGENT_FACTOR = 3
 AGENT_BYTES_MIN = 96 * MIB
+# Counters of an agent, by which it tells how long the choice of paths took.
+_PLANS = re.compile(r"storage_plans_(?:within_(\d+)us|later)")
 
 
 class Running:
@@ -42,12 +48,32 @@ class Running:
     Attributes:
         prefill, decode: Engines by the name of their node.
         peers: Where the agent of a node is found by others.
+        locals: Where it is found here, by its socket.
     """
 
     def __init__(self) -> None:
         self.prefill: dict[str, EngineSession] = {}
         self.decode: dict[str, EngineSession] = {}
         self.peers: dict[str, str] = {}
+        self.locals: dict[str, str] = {}
+
+    async def plans(self) -> dict[float, int]:
+        """How many choices of paths took how long in all agents; see `Played.plans`.
+
+        Raises:
+            KVStoreError: An agent does not answer.
+        """
+        found: Counter[float] = Counter()
+        for uri in self.locals.values():
+            async with AsyncClient(uri) as client:
+                (status,) = (await client.status()).values()
+            if isinstance(status, KVStoreError):
+                raise status
+            for name, count in status.counters.items():
+                match = _PLANS.fullmatch(name)
+                if match is not None:
+                    found[float(match[1] or "inf")] += count
+        return dict(found)
 
 
 @asynccontextmanager
@@ -75,6 +101,7 @@ async def running(
         )
         storage = [node.uri(STORAGE) for node in of_kind["storage"]]
         found = Running()
+        found.locals = {node.name: f"unix://{home / node.name}.sock" for node in gpu}
         found.peers = {node.name: node.uri(COMPUTE, AGENT_PORT) for node in gpu}
         relays = [found.peers[node.name] for node in of_kind["decode"]]
         agent_bytes = max(AGENT_BYTES_MIN, AGENT_FACTOR * memory_bytes)
@@ -85,7 +112,7 @@ async def running(
         for kind, engines in (("prefill", found.prefill), ("decode", found.decode)):
             for node in of_kind[kind]:
                 setup = Setup(
-                    agent=f"unix://{home / node.name}.sock",
+                    agent=found.locals[node.name],
                     block_tokens=work.block_tokens,
                     layer_bytes=work.layer_bytes,
                     groups=needs.groups,

@@ -124,7 +124,9 @@ async def _run_one(
     async with running(network.nodes, policy, work, needs) as on:
         player = Player(on, work, options.compute, deadline_s, options.groups, nodes, progress.turn)
         try:
-            return await play(player, policy, options.arrivals, network.nodes)
+            played = await play(player, policy, options.arrivals, network.nodes)
+            played.plans = await on.plans()
+            return played
         except* KVStoreError as errors:
             first: BaseException = errors
             while isinstance(first, BaseExceptionGroup):

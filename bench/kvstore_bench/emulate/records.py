@@ -64,6 +64,7 @@ class Played:
         session_s: How long each session took from its arrival.
         links: Names of what `readings` hold: node, network, and "rx" or "tx".
         readings: Bytes by the counters of the kernel, from time to time.
+        plans: How many choices of paths took at most so many microseconds, by that bound.
     """
 
     policy: str
@@ -73,6 +74,7 @@ class Played:
     session_s: list[float] = field(default_factory=list)
     links: list[tuple[str, str, str]] = field(default_factory=list)
     readings: list[Reading] = field(default_factory=list)
+    plans: dict[float, int] = field(default_factory=dict)
 
 
 __all__ = ["ORACLE", "Arrivals", "Played", "Record"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ class Result:
         link_bytes: By node, and `storage_rx` and the like.
         nic_max_over_avg: Of these links in windows while the cluster was loaded: the busiest
             beside the average; the mean over windows.
+        selector_us: Of choices of paths: the bounds, powers of two, that half and 99 of 100 kept.
         wrong_blocks, missed_blocks: 0, or the run is void.
         errors: Why, the first of each.
     """
@@ -63,6 +65,7 @@ class Result:
     bytes_by_path: Mapping[str, int]
     link_bytes: Mapping[str, Mapping[str, int]]
     nic_max_over_avg: float
+    selector_us: Mapping[str, float]
     wrong_blocks: int
     missed_blocks: int
     errors: Sequence[str]
@@ -113,6 +116,7 @@ def summarize(played: Played, links: Links, block_bytes: int) -> Result:
         bytes_by_path={name: served.get(name, 0) * block_bytes for name in _paths(served)},
         link_bytes=link_bytes(played),
         nic_max_over_avg=balance(played, links.names, loaded),
+        selector_us={f"p{percent}": bound_of(played.plans, percent) for percent in (50, 99)},
         wrong_blocks=sum(decoded.wrong_blocks for _, decoded in both),
         missed_blocks=sum(
             prefilled.missed_blocks + decoded.missed_blocks + decoded.unstored_blocks
@@ -131,6 +135,17 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     for percent in (50, 90, 99):
         found[f"p{percent}"] = ranked[min(len(ranked) - 1, len(ranked) * percent // 100)]
     return found
+
+
+def bound_of(counts: Mapping[float, int], percent: int) -> float:
+    """The lowest bound that so many of a hundred kept to; `nan` without any."""
+    total = sum(counts.values())
+    kept = 0
+    for bound in sorted(counts):
+        kept += counts[bound]
+        if total and kept * 100 >= total * percent:
+            return bound
+    return float("nan")
 
 
 def loaded_times(
@@ -232,7 +247,7 @@ def _paths(served: Mapping[str, int]) -> list[str]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
-        return value if value == value else None
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -246,6 +261,7 @@ __all__ = [
     "Links",
     "Result",
     "balance",
+    "bound_of",
     "link_bytes",
     "loaded_times",
     "percentiles",

@@ -11,6 +11,7 @@ import msgspec
 from kvstore.errors import KVStoreError
 from kvstore_bench.job import Job
 from kvstore_bench.meter import Meter, Travelled, clock_ns
+from kvstore_bench.pacing import Pacer
 from kvstore_bench.workload import Operation, Workload
 
 #: Where jobs keep their blocks.
@@ -54,6 +55,8 @@ class Completion(msgspec.Struct, frozen=True):
         error: Why the job should not go on; empty otherwise.
         travelled: How its bytes came or went.
         verify_us: What a server's comparison with the checksums took, of views.
+        first_ns: When the first group of layers was there; 0 if there are no groups, or if not
+            all of it came.
     """
 
     good: Sequence[bool]
@@ -61,6 +64,7 @@ class Completion(msgspec.Struct, frozen=True):
     error: str = ""
     travelled: Sequence[Travelled] = ()
     verify_us: int = 0
+    first_ns: int = 0
 
 
 class Engine(ABC):
@@ -122,40 +126,72 @@ class SlotEngine(Engine):
         return 0
 
     async def run(self, workload: Workload, meter: Meter) -> None:
-        """Keep all slots busy until it is over."""
-        meter.start()
-        async with asyncio.TaskGroup() as group:
-            for slot in range(self.job.iodepth):
-                group.create_task(self._keep_busy(slot, workload, meter))
+        """Keep all slots busy until it is over; with a rate, as busy as that asks for."""
+        start_ns, end_ns = meter.start()
+        pacer = None
+        if self.job.io_interval_s:
+            pacer = Pacer(self.job, self.task.clone, start_ns, end_ns)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slot in range(self.job.iodepth):
+                    group.create_task(self._keep_busy(slot, workload, meter, pacer))
+        finally:
+            if pacer is not None:
+                pacer.close()
         meter.finish()
 
-    async def _keep_busy(self, slot: int, workload: Workload, meter: Meter) -> None:
-        bs, batch, verify = self.job.bs, self.job.batch, self.job.verify
+    async def _keep_busy(
+        self, slot: int, workload: Workload, meter: Meter, pacer: Pacer | None
+    ) -> None:
+        """One I/O after the other, each in its turn, until it is over."""
         while not meter.over(now := clock_ns()):
+            waited_ns = 0
+            if pacer is not None:
+                due_ns = await pacer.turn()
+                if due_ns is None:
+                    return
+                if meter.over(now := clock_ns()):
+                    break
+                waited_ns = now - due_ns
             counts = meter.counts(now)
             operation = workload.next(counts)
+            if operation is not None:
+                await self._do(slot, operation, meter, counts, waited_ns)
+            if pacer is not None and (operation is None or meter.error):
+                pacer.close()
             if operation is None:
                 return
-            self.prepare(slot, operation)
-            began = clock_ns()
-            pending = self.submit(slot, operation)
-            submitted = clock_ns()
-            done = await pending
-            ended = clock_ns()
-            await self.release(slot)
-            good_count = sum(done.good)
-            if counts:
-                times = (began, submitted, ended)
-                short = good_count < batch
-                meter.completed(operation.is_read, times, good_count * bs, short)
-                meter.outcomes.update(done.outcomes)
-                meter.travelled(operation.is_read, done.travelled)
-                meter.verify_us += done.verify_us
-            meter.seen(operation.is_read, good_count * bs, ended)
-            if operation.is_read and verify:
-                meter.checked_blocks += good_count
-                wrong = self.check(slot, operation, done.good)
-                meter.wrong_blocks += wrong
-                if wrong:
-                    meter.error = f"{wrong} blocks of I/O {operation.number} hold wrong bytes"
-            meter.error = meter.error or done.error
+        if pacer is not None:
+            meter.behind_ns = max(meter.behind_ns, pacer.behind_ns)
+
+    async def _do(
+        self, slot: int, operation: Operation, meter: Meter, counts: bool, waited_ns: int
+    ) -> None:
+        bs, is_read = self.job.bs, operation.is_read
+        self.prepare(slot, operation)
+        began = clock_ns()
+        pending = self.submit(slot, operation)
+        submitted = clock_ns()
+        done = await pending
+        ended = clock_ns()
+        await self.release(slot)
+        good_count = sum(done.good)
+        if counts:
+            times = (began, submitted, ended)
+            short = good_count < operation.blocks
+            meter.completed(is_read, times, good_count * bs, short, waited_ns)
+            meter.outcomes.update(done.outcomes)
+            if done.first_ns:
+                meter.first_came(waited_ns + done.first_ns - began)
+            meter.travelled(is_read, done.travelled)
+            meter.verify_us += done.verify_us
+        meter.seen(is_read, good_count * bs, ended)
+        if is_read and self.job.verify:
+            meter.checked_blocks += good_count
+            wrong = self.check(slot, operation, done.good)
+            meter.wrong_blocks += wrong
+            if wrong:
+                meter.error = f"{wrong} blocks of I/O {operation.number} hold wrong bytes"
+        if is_read and good_count > operation.blocks:
+            meter.error = meter.error or f"I/O {operation.number}: a block that was never stored"
+        meter.error = meter.error or done.error

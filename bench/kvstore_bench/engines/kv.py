@@ -4,7 +4,8 @@ An I/O is one fetch or one put of `batch` blocks that form a prefix. Reads are v
 checksums of the writer, by the client or, in memory that it shares, by who wrote into it; that is
 part of `clat`. The memory of an I/O is reused as soon as its handle is quiet. With path=views a
 read leases the blocks where they lie, and gives them back; with verify=1 it copies them out in
-between. Bytes that come by another transport than the job asks for end it.
+between. With layout=layer the memory of an I/O is `[layer, block, bytes]`, and a block as many
+pieces of it. Bytes that come by another transport than the job asks for end it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from kvstore.layout import Layout
 from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore_bench.engines.base import POOL, Completion, JobFailed, OnStep, SlotEngine, Task
 from kvstore_bench.job import Job
-from kvstore_bench.meter import Meter, Travelled
-from kvstore_bench.relayed import POLICY, relay_all
+from kvstore_bench.meter import Meter, Travelled, clock_ns
+from kvstore_bench.models import MODELS
+from kvstore_bench.relayed import POLICY, relay_all, relay_known
 from kvstore_bench.workload import Contents, Keys, Operation, Words, Workload
 from kvstore_client import AsyncClient, AsyncFetchHandle, AsyncPutHandle, Namespace, Run
 from kvstore_client.selector import Policy
@@ -45,10 +47,11 @@ _PUT_ERRORS = {PutOutcome.CORRUPT, PutOutcome.TIMEOUT, PutOutcome.UNAVAILABLE}
 
 def layout(job: Job) -> Layout:
     """The layout of a job's blocks."""
+    model = MODELS.get(job.model)
     return Layout(
-        model_id="kvbench",
-        dtype="uint8",
-        block_tokens=16,
+        model_id=job.model or "kvbench",
+        dtype=model.dtype if model else "uint8",
+        block_tokens=job.page_tokens if model else 16,
         layer_bytes=(job.bs // job.layers,) * job.layers,
     )
 
@@ -65,13 +68,19 @@ class KvEngine(SlotEngine):
             node_id=f"kvbench-{job.name}-{task.clone}"[:64],
             deadline_s=job.deadline,
             relays=task.relays,
-            policy=POLICY if task.relays else Policy.BALANCED,
+            policy=POLICY if job.path == "relay" else Policy.BALANCED,
             transport=job.client_transport,
             verify=job.verify_checksums,
         )
         self._keys = Keys(task.run, job, task.clone)
-        self._contents = Contents(job.bs, job.batch, job.randseed)
+        # How many pieces of a block lie apart in our memory.
+        self._parts = job.layers if job.layout == "layer" else 1
+        # Of the first group that comes, where there is more than one.
+        grouped = job.order == "layer" and job.group_layers < job.layers
+        self._first_layers = job.group_layers if grouped else 0
+        self._contents = Contents(job.bs, job.batch, job.randseed, self._parts)
         self._slots: list[memoryview] = []
+        self._pieces: list[list[list[memoryview]]] = []
         self._words: list[Words] = []
         self._handles: list[AsyncFetchHandle | AsyncPutHandle | None] = [None] * job.iodepth
         self._namespace: Namespace
@@ -98,7 +107,7 @@ class KvEngine(SlotEngine):
             self._namespace = await client.open_namespace(POOL, layout(job))
         except KVStoreError as error:
             raise JobFailed(str(error)) from error
-        await self._preload(workload.preload_count, on_step)
+        await self._preload(workload, on_step)
 
     async def _reach(self) -> None:
         """Wait until all servers have answered; those that are not ours are asked once."""
@@ -114,7 +123,7 @@ class KvEngine(SlotEngine):
         failed = [f"{uri}: {said}" for uri, said in found.items() if isinstance(said, Exception)]
         if self.task.relays and not failed:
             try:
-                relay_all(self._client)
+                (relay_all if self.job.path == "relay" else relay_known)(self._client)
             except KVStoreError as error:
                 failed.append(str(error))
         return "; ".join(failed)
@@ -124,9 +133,26 @@ class KvEngine(SlotEngine):
         self._slots = [
             memory[at : at + io_bytes] for at in range(0, self.job.iodepth * io_bytes, io_bytes)
         ]
+        if self._parts > 1:
+            self._pieces = [self._scattered(slot) for slot in self._slots]
         self._words = [self._contents.words(slot) for slot in self._slots]
         for words in self._words:
             self._contents.fill(words)
+
+    def _scattered(self, slot: memoryview) -> list[list[memoryview]]:
+        """The layers of each block of an I/O, where its memory is `[layer, block, bytes]`."""
+        batch, size = self.job.batch, self.job.bs // self._parts
+        places = range(0, self._parts * batch * size, batch * size)
+        return [
+            [slot[at + block * size : at + (block + 1) * size] for at in places]
+            for block in range(batch)
+        ]
+
+    def _memory(self, slot: int, blocks: int) -> object:
+        """Memory of the first blocks of an I/O, as the client takes it."""
+        if self._pieces:
+            return self._pieces[slot][:blocks]
+        return self._slots[slot][: blocks * self.job.bs]
 
     async def close(self) -> None:
         """Disconnect."""
@@ -142,17 +168,24 @@ class KvEngine(SlotEngine):
 
     def submit(self, slot: int, operation: Operation) -> Awaitable[Completion]:
         """Begin a fetch or a put."""
-        keys = self._keys.of_io(operation.number)
+        # What is read and was never stored is asked for too: it must be a miss.
+        blocks = self.job.batch if operation.is_read else operation.blocks
+        keys = self._keys.of_io(operation.number, blocks)
         if operation.is_read and self.job.path == "views":
             self._handles[slot] = None
             return self._viewed(slot, keys)
         if operation.is_read:
             fetch = self._client.fetch(
-                self._namespace, keys, self._slots[slot], order=self.job.order
+                self._namespace,
+                keys,
+                self._memory(slot, blocks),
+                order=self.job.order,
+                group_layers=self.job.group_layers,
             )
             self._handles[slot] = fetch
             return self._fetched(fetch)
-        put = self._client.put(self._namespace, keys, self._slots[slot], ack=self.job.ack)
+        memory = self._memory(slot, blocks)
+        put = self._client.put(self._namespace, keys, memory, ack=self.job.ack)
         self._handles[slot] = put
         return self._put(put)
 
@@ -164,7 +197,7 @@ class KvEngine(SlotEngine):
 
     def check(self, slot: int, operation: Operation, good: Sequence[bool]) -> int:
         """Compare what was read with what was written."""
-        return len(self._contents.wrong_blocks(self._words[slot], operation.number, list(good)))
+        return len(self._contents.wrong_blocks(self._words[slot], operation.number, good))
 
     async def settle(self, workload: Workload, meter: Meter, on_step: OnStep) -> None:
         """Read back what a job that only writes has stored; remove all that was stored."""
@@ -176,10 +209,13 @@ class KvEngine(SlotEngine):
     # --- the two kinds of I/O --------------------------------------------------------------
 
     async def _fetched(self, handle: AsyncFetchHandle) -> Completion:
+        first_ns = 0
+        if self._first_layers and await handle.layer(self._first_layers - 1):
+            first_ns = clock_ns()
         result = await handle
         travelled, wrong = self._travelled(result.runs)
         if result.ok:
-            return Completion(self._whole, self._hit, wrong, travelled)
+            return Completion(self._whole, self._hit, wrong, travelled, first_ns=first_ns)
         return Completion(
             [outcome == FetchOutcome.HIT for outcome in result.outcomes],
             [_FETCH_WORDS[outcome] for outcome in result.outcomes],
@@ -219,18 +255,22 @@ class KvEngine(SlotEngine):
     def _travelled(self, runs: Sequence[Run]) -> tuple[Sequence[Travelled], str]:
         """How the bytes of an I/O came or went, and what is wrong with that."""
         travelled = [Travelled(run.path, run.transport, run.bytes) for run in runs if run.bytes]
-        return travelled, unasked(self.job.transport, travelled)
+        return travelled, unasked(self.job, travelled)
 
     # --- before and after ------------------------------------------------------------------
 
-    async def _preload(self, count: int, on_step: OnStep) -> None:
+    async def _preload(self, workload: Workload, on_step: OnStep) -> None:
+        count = workload.preload_count
         numbers = iter(range(count))
         done = 0
 
         async def keep_putting(slot: int) -> None:
             nonlocal done
             for number in numbers:
-                operation = Operation(False, number)
+                operation = Operation(False, number, workload.stored_blocks(number))
+                done += 1
+                if not operation.blocks:
+                    continue
                 self.prepare(slot, operation)
                 completion = await self.submit(slot, operation)
                 await self.release(slot)
@@ -242,7 +282,6 @@ class KvEngine(SlotEngine):
                         f" following are {', '.join(sorted(set(completion.outcomes)))}"
                         f" ({completion.error or 'size must fit into the daemon'})"
                     )
-                done += 1
                 on_step("store working set", done * self.job.io_bytes, count * self.job.io_bytes)
 
         slots = range(min(self.job.iodepth, PRELOAD_DEPTH_MAX))
@@ -253,7 +292,7 @@ class KvEngine(SlotEngine):
 
     async def _read_back(self, numbers: Collection[int], meter: Meter, on_step: OnStep) -> None:
         for position, number in enumerate(numbers, 1):
-            operation = Operation(True, number)
+            operation = Operation(True, number, self.job.batch)
             completion = await self.submit(0, operation)
             await self.release(0)
             meter.checked_blocks += sum(completion.good)
@@ -276,15 +315,16 @@ class KvEngine(SlotEngine):
             on_step("remove blocks", last * self.job.io_bytes, io_count * self.job.io_bytes)
 
 
-def unasked(transport: str, travelled: Sequence[Travelled]) -> str:
+def unasked(job: Job, travelled: Sequence[Travelled]) -> str:
     """Why bytes that came like that are not those of a job that asks for a transport; empty if
     they are."""
-    if transport == "auto":
-        return ""
-    others = sorted({run.transport for run in travelled} - {transport})
+    option = "transport" if job.transport != "auto" else "require_transport"
+    asked = {job.transport} if job.transport != "auto" else set(job.require_transport)
+    others = sorted({run.transport for run in travelled} - asked) if asked else []
     if not others:
         return ""
-    return f"bytes travelled by {', '.join(others)}: transport={transport} was asked for"
+    said = f"{option}={','.join(sorted(asked))}"
+    return f"bytes travelled by {', '.join(others)}: {said} was asked for"
 
 
 def _complaint(

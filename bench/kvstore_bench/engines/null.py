@@ -18,7 +18,13 @@ class NullEngine(SlotEngine):
     def __init__(self, task: Task) -> None:
         super().__init__(task)
         batch = self.job.batch
-        self._read = Completion([True] * batch, ["hit"] * batch)
+        # By the number of blocks that a store would have.
+        self._reads = [
+            Completion(
+                [at < hits for at in range(batch)], ["hit"] * hits + ["miss"] * (batch - hits)
+            )
+            for hits in range(batch + 1)
+        ]
         self._write = Completion([True] * batch, ["stored"] * batch)
 
     async def open(self, workload: Workload, on_step: OnStep) -> None:
@@ -29,7 +35,7 @@ class NullEngine(SlotEngine):
 
     def submit(self, slot: int, operation: Operation) -> Awaitable[Completion]:
         """An I/O that is done when the loop has turned once."""
-        return self._turn(self._read if operation.is_read else self._write)
+        return self._turn(self._reads[operation.blocks] if operation.is_read else self._write)
 
     async def _turn(self, completion: Completion) -> Completion:
         await asyncio.sleep(0)
