@@ -95,6 +95,10 @@ def test_deadline_is_far_beyond_what_all_of_it_takes(trace: str) -> None:
         (["--decode-share=nan"], "--decode-share=nan"),
         (["--arrival-rate=inf"], "--arrival-rate=inf"),
         (["--storage-nic=0"], "--storage-nic=0: takes no time to load by"),
+        (["--ttft-limit=soon"], "--ttft-limit=soon: is a number of seconds above 0"),
+        (["--ttft-limit=0x"], "--ttft-limit=0x"),
+        (["--ttft-limit=2x", "--trials=3"], "--trials=3: cannot be given with --ttft-limit"),
+        (["--ttft-limit=2", "--arrival-rate=1"], "--arrival-rate=1.0: cannot be given"),
         (["--prefill=300"], "nodes in all: at most 250"),
     ],
 )

@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -21,14 +22,16 @@ from kvstore_bench.emulate.options import (
 )
 from kvstore_bench.emulate.picture import draw
 from kvstore_bench.emulate.play import Player, play
-from kvstore_bench.emulate.records import ORACLE, Played, Record
+from kvstore_bench.emulate.records import ORACLE, Arrivals, Played, Record
 from kvstore_bench.emulate.results import Result, summarize
+from kvstore_bench.emulate.search import Found, RateSearch
 from kvstore_bench.emulate.shape import Needs
-from kvstore_bench.emulate.tables import as_json, describe, headline, table
+from kvstore_bench.emulate.tables import as_json, describe, headline, search_table, table, voids
 from kvstore_bench.outputs import check_output, write_output
 from kvstore_bench.replay.picture import check_picture
 from kvstore_bench.shaped import ShapedNetwork, ShapingUnavailable
 from kvstore_bench.shaped.nodes import NodeFailed
+from kvstore_client.selector import Policy
 
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3
@@ -70,8 +73,9 @@ def run_emulate(args: argparse.Namespace) -> int:
     for line in describe(options):
         print(line, file=people, flush=True)
     progress = _ProgressLine(sys.stderr, sum(1 for _ in options.work.turns))
+    found: list[Found] = []
     try:
-        runs = asyncio.run(_run_all(options, progress))
+        runs = asyncio.run(_run_all(options, progress, found))
     except ShapingUnavailable as error:
         print(f"kvbench emulate: {error}", file=sys.stderr)
         return EXIT_UNAVAILABLE
@@ -81,33 +85,75 @@ def run_emulate(args: argparse.Namespace) -> int:
     finally:
         progress.clear()
     results = [result for _, result in runs]
-    for line in table(results):
+    lines = table(results) if options.limit is None else search_table(found)
+    for line in (*lines, *voids(results)):
         print(line, file=people)
-    figures = json.dumps(as_json(options, results), indent=2) + "\n"
+    figures = json.dumps(as_json(options, results, found), indent=2) + "\n"
     if to_stdout:
         sys.stdout.write(figures)
     elif args.json is not None:
         write_output("--json", args.json, figures.encode())
     if args.plot is not None:
-        draw(runs[: len(options.policies)], options.shape, headline(options), args.plot)
+        shown = runs if options.limit is not None else runs[: len(options.policies)]
+        draw(shown, options.shape, headline(options), args.plot)
     return EXIT_FAILED if any(result.void for result in results) else 0
 
 
-async def _run_all(options: Options, progress: _ProgressLine) -> list[tuple[Played, Result]]:
-    found: list[tuple[Played, Result]] = []
+async def _run_all(
+    options: Options, progress: _ProgressLine, found: list[Found]
+) -> list[tuple[Played, Result]]:
+    runs: list[tuple[Played, Result]] = []
     async with ShapedNetwork(options.shape.plans()) as network:
+
+        async def run(policy: str, arrivals: Arrivals, label: str) -> Result:
+            progress.begin(f"{policy}{label}")
+            played = await _run_one(options, policy, arrivals, network, progress)
+            result = summarize(played, options.links, options.work.block_bytes)
+            runs.append((played, result))
+            return result
+
+        if options.limit is not None:
+            found += await _search(options, run)
+            return runs
         for trial in range(options.trials):
             # In the other order every second time: what the machine does besides meets all.
             policies = options.policies if trial % 2 == 0 else options.policies[::-1]
             for policy in policies:
-                progress.begin(policy, trial, options.trials)
-                played = await _run_one(options, policy, network, progress)
-                found.append((played, summarize(played, options.links, options.work.block_bytes)))
+                label = f", trial {trial + 1} of {options.trials}" if options.trials > 1 else ""
+                await run(policy, options.arrivals, label)
+    return runs
+
+
+async def _search(
+    options: Options, run: Callable[[str, Arrivals, str], Awaitable[Result]]
+) -> list[Found]:
+    """The highest rate of sessions for each policy; every run is noted by `run`."""
+    limit, work, seed = options.limit, options.work, options.arrivals.seed
+    assert limit is not None
+    limit_s = limit.value
+    if limit.relative:
+        alone = await run(Policy.DIRECT, Arrivals(seed=seed, idle=True), ", one session at a time")
+        limit_s *= alone.ttft_s["p90"]
+    direct_Bps = options.shape.storage_Bps("prefill")
+    ideal_s = work.hit_bytes / direct_Bps if direct_Bps else 1.0
+    found: list[Found] = []
+    for policy in options.policies:
+        search = RateSearch(len(work.sessions) / max(ideal_s, 1e-3))
+        tries: list[tuple[float, float]] = []
+        while (rate := search.next) is not None:
+            result = await run(policy, Arrivals(rate, seed), f", {rate:.3g} sessions a second")
+            tries.append((rate, result.ttft_s["p90"]))
+            search.tried(rate, not result.void and result.ttft_s["p90"] <= limit_s)
+        found.append(Found(policy, limit_s, search.kept, tries))
     return found
 
 
 async def _run_one(
-    options: Options, policy: str, network: ShapedNetwork, progress: _ProgressLine
+    options: Options,
+    policy: str,
+    arrivals: Arrivals,
+    network: ShapedNetwork,
+    progress: _ProgressLine,
 ) -> Played:
     names = [plan.name for plan in options.shape.plans()]
     nodes = (
@@ -119,12 +165,12 @@ async def _run_one(
         player = Player(
             None, work, options.compute, deadline_s, options.groups, nodes, progress.turn
         )
-        return await play(player, policy, options.arrivals, {})
+        return await play(player, policy, arrivals, {})
     needs = Needs(len(work.sessions), options.groups, options.check)
     async with running(network.nodes, policy, work, needs) as on:
         player = Player(on, work, options.compute, deadline_s, options.groups, nodes, progress.turn)
         try:
-            played = await play(player, policy, options.arrivals, network.nodes)
+            played = await play(player, policy, arrivals, network.nodes)
             played.plans = await on.plans()
             return played
         except* KVStoreError as errors:
@@ -145,9 +191,9 @@ class _ProgressLine:
         self._count = 0
         self._shown_at = 0.0
 
-    def begin(self, policy: str, trial: int, trials: int) -> None:
+    def begin(self, label: str) -> None:
         """A run begins."""
-        self._label = f"{policy}, trial {trial + 1} of {trials}" if trials > 1 else policy
+        self._label = label
         self._count, self._shown_at = 0, 0.0
         self._show("starts")
 

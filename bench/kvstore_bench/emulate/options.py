@@ -63,6 +63,8 @@ examples:
   kvbench emulate 'traces/*.json.gz' --trials 3 --plot cluster.png --json cluster.json
   kvbench emulate --nic decode0.storage=100Mbit/s        one slow link
   kvbench emulate --arrival-rate 0.5                     sessions come at random times
+  kvbench emulate --ttft-limit 2x --policies direct,balanced
+                                  how many sessions a second each policy can take
 
 It needs network namespaces: run it as root, or where user namespaces are allowed.
 
@@ -73,12 +75,26 @@ make such networks; 130 interrupted.
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """Of the time to the first token of nine turns in ten.
+
+    Attributes:
+        value: Seconds; or times what `direct` takes where nothing else is under way.
+        relative: Which of the two.
+    """
+
+    value: float
+    relative: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """What was asked for, checked.
 
     Attributes:
         groups: Groups of layers.
         check: Whether all bytes are compared.
+        limit: For which the highest rate of arrivals is to be found.
     """
 
     shape: Shape
@@ -89,6 +105,7 @@ class Options:
     trials: int
     groups: int
     check: bool
+    limit: Limit | None
 
     @property
     def links(self) -> Links:
@@ -205,6 +222,13 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
         help="sessions that begin in a second, at random; 0: all at once (default: 0)",
     )
     work.add_argument(
+        "--ttft-limit",
+        default="",
+        metavar="T",
+        help="find the highest arrival rate at which 9 of 10 turns have their first token within T"
+        " seconds, or within Tx: times what `direct` takes for one session at a time, as 2x",
+    )
+    work.add_argument(
         "--seed", type=int, default=1, metavar="S", help="of arrivals and generated sessions (1)"
     )
     _add_gpus(parser)
@@ -278,6 +302,7 @@ def make_options(args: argparse.Namespace) -> Options:
         trials=args.trials,
         groups=groups,
         check=bool(args.check),
+        limit=_limit(args),
     )
 
 
@@ -338,6 +363,25 @@ def _compute(args: argparse.Namespace, work: Work, shape: Shape) -> Compute:
         decode_s=shared.decode_s if given_s[1] is None else given_s[1] / 1e6,
         overlap=shared.overlap,
     )
+
+
+def _limit(args: argparse.Namespace) -> Limit | None:
+    text = args.ttft_limit
+    if not text:
+        return None
+    if args.arrival_rate or args.trials != 1:
+        option, value = ("--arrival-rate", args.arrival_rate)
+        if not args.arrival_rate:
+            option, value = "--trials", args.trials
+        raise ConfigError(option, value, "cannot be given with --ttft-limit, which tries rates")
+    relative = text.endswith("x")
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError("--ttft-limit", text, "is a number of seconds above 0, or as 2x")
+    return Limit(value, relative)
 
 
 def _policies(text: str) -> tuple[str, ...]:

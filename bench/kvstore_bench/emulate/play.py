@@ -11,7 +11,7 @@ from kvstore_bench.emulate.cluster import Running
 from kvstore_bench.emulate.records import Arrivals, Played, Record
 from kvstore_bench.emulate.steps import Decode, Decoded, Prefill, Prefilled
 from kvstore_bench.emulate.work import Compute, Turn, Work
-from kvstore_bench.shaped.nodes import Node
+from kvstore_bench.shaped.nodes import Node, NodeFailed
 from kvstore_bench.shaped.traffic import watching
 from kvstore_client.scheduler import DecodeEngine, PrefillEngine, choose_decode, choose_prefill
 
@@ -45,6 +45,11 @@ class Player:
         self._deadline_s = deadline_s
         self._groups = groups
         self._on_turn = on_turn
+        # Each of its requests ends at its deadline; all that may keep a turn waiting besides are
+        # the GPUs.
+        self._turn_s_max = 3 * deadline_s + sum(
+            compute.prefill_s(turn) + sum(compute.answer_s(turn)) for turn in work.turns
+        )
         self._prefill = {name: [0, 0] for name in shape[0]}  # tokens and turns under way
         self._decode = {name: [0, 0] for name in shape[1]}
         self._gpus = {name: asyncio.Lock() for name in shape[0]}
@@ -56,10 +61,14 @@ class Player:
             NodeFailed: A process has ended.
         """
         played.began_at = time.monotonic()
-        starts = arrivals.times_s(len(self._work.sessions))
-        async with asyncio.TaskGroup() as group:
-            for turns, start_s in zip(self._work.sessions, starts, strict=True):
-                group.create_task(self._session(turns, played, start_s))
+        if arrivals.idle:
+            for turns in self._work.sessions:
+                await self._session(turns, played, 0.0)
+        else:
+            starts = arrivals.times_s(len(self._work.sessions))
+            async with asyncio.TaskGroup() as group:
+                for turns, start_s in zip(self._work.sessions, starts, strict=True):
+                    group.create_task(self._session(turns, played, start_s))
         played.ended_at = time.monotonic()
 
     async def _session(self, turns: Sequence[Turn], played: Played, start_s: float) -> None:
@@ -118,8 +127,14 @@ class Player:
             finally:
                 loaded.set()
 
-        async with asyncio.TaskGroup() as group:
-            first, second = group.create_task(load()), group.create_task(receive())
+        try:
+            async with asyncio.timeout(self._turn_s_max), asyncio.TaskGroup() as group:
+                first, second = group.create_task(load()), group.create_task(receive())
+        except TimeoutError:
+            raise NodeFailed(
+                f"turn {turn.name} from {prefill} to {decode} has not ended after"
+                f" {self._turn_s_max:.0f} s"
+            ) from None
         return first.result(), second.result()
 
     def _prefill_step(self, turn: Turn, decode: str) -> Prefill:

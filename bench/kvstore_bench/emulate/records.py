@@ -20,10 +20,12 @@ class Arrivals:
     Attributes:
         rate: Sessions a second, at random times (a Poisson process); 0: all at once.
         seed: Of these times.
+        idle: One begins when the one before has ended, so that each has all for itself.
     """
 
     rate: float = 0.0
     seed: int = 1
+    idle: bool = False
 
     def times_s(self, count: int) -> list[float]:
         """When each session begins, from the beginning of all."""

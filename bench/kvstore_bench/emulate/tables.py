@@ -10,6 +10,7 @@ from typing import Any
 from kvstore.units import format_size_bytes
 from kvstore_bench.emulate.options import Options
 from kvstore_bench.emulate.results import Result
+from kvstore_bench.emulate.search import Found
 from kvstore_bench.replay.report import align
 from kvstore_client.selector import Policy
 
@@ -86,15 +87,41 @@ def table(results: Sequence[Result]) -> list[str]:
                 str(result.missed_blocks),
             ]
         )
-    lines = align(rows, right=True)
-    for result in results:
-        if result.void:
-            why = "; ".join(result.errors) or "no reason was given"
-            lines.append(f"{result.policy}: VOID, blocks were missed or wrong: {why}")
-    return lines
+    return align(rows, right=True)
 
 
-def as_json(options: Options, results: Sequence[Result]) -> dict[str, Any]:
+def voids(results: Sequence[Result]) -> list[str]:
+    """A line for each run that may not be compared with others."""
+    return [
+        f"{result.policy}: VOID, {result.missed_blocks} blocks were missed, {result.wrong_blocks}"
+        f" wrong: {'; '.join(result.errors) or 'no reason was given'}"
+        for result in results
+        if result.void
+    ]
+
+
+def search_table(found: Sequence[Found]) -> list[str]:
+    """The highest rate of each policy, beside the first."""
+    if not found:
+        return []
+    rows = [["policy", "sessions/s", "of the first", "ttft p90 within s", "tries"]]
+    for one in found:
+        beside = one.sessions_per_s / found[0].sessions_per_s if found[0].sessions_per_s else 0.0
+        rows.append(
+            [
+                one.policy,
+                f"{one.sessions_per_s:.3g}",
+                _number(beside),
+                _number(one.limit_s),
+                str(len(one.tries)),
+            ]
+        )
+    return align(rows, right=True)
+
+
+def as_json(
+    options: Options, results: Sequence[Result], found: Sequence[Found] = ()
+) -> dict[str, Any]:
     """All figures."""
     work, scale = options.work, options.work.scale
     return {
@@ -121,6 +148,15 @@ def as_json(options: Options, results: Sequence[Result]) -> dict[str, Any]:
         },
         "arrival_rate": options.arrivals.rate,
         "nics_Bps": {plan.name: dict(plan.rates_Bps) for plan in options.shape.plans()},
+        "searches": [
+            {
+                "policy": one.policy,
+                "limit_s": one.limit_s,
+                "sessions_per_s": one.sessions_per_s,
+                "tries": [{"rate": rate, "ttft_p90_s": ttft_s} for rate, ttft_s in one.tries],
+            }
+            for one in found
+        ],
         "runs": [
             {
                 "prefill": options.shape.prefill,
@@ -142,4 +178,4 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-__all__ = ["as_json", "describe", "headline", "table"]
+__all__ = ["as_json", "describe", "headline", "search_table", "table", "voids"]
