@@ -31,7 +31,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY = $(VENV)/cache/hypothesis
 export MPLCONFIGDIR = $(CURDIR)/$(VENV)/cache/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help install test test-rdma check format demo bench clean
+.PHONY: help install test test-full test-rdma check format demo bench clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -69,10 +69,13 @@ $(VENV)/installed: setup.cfg pyproject.toml
 	echo '$(PYTHON)' > $(VENV)/choice
 	touch $(VENV)/installed
 
-test: install ## Run all tests
+test: install ## Run the tests
+test: WHICH = -m 'not long'
+test-full: install ## Run all tests, the long ones too
+test test-full:
 	@tmp=$$(mktemp -d)
 	trap 'rm -rf "$$tmp"' EXIT
-	TMPDIR=$$tmp PYTHONASYNCIODEBUG=1 $(RUN) -m pytest -o cache_dir=$(VENV)/cache/pytest $(ARGS)
+	TMPDIR=$$tmp PYTHONASYNCIODEBUG=1 $(RUN) -m pytest -o cache_dir=$(VENV)/cache/pytest $(WHICH) $(ARGS)
 
 # In a virtual machine with soft devices; what it lacks, tests/rdma/prepare says.
 test-rdma: install ## Run the tests of RDMA on real verbs

@@ -14,6 +14,7 @@ shared memory over it, or by RDMA.
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +31,8 @@ ARENA_SPARE_BYTES = 64 * 1024 * 1024
 # An agent takes no less.
 AGENT_BYTES_MIN = 1024 * 1024
 PAGE_BYTES = 4096
+# The end of a process is known here within so long of the end of its connections.
+NEWS_S, NEWS_INTERVAL_S = 1.0, 0.02
 
 
 class JobServers(NamedTuple):
@@ -52,6 +55,15 @@ class JobServers(NamedTuple):
     def failures(self) -> str:
         """How those ended that should still run; empty if all run."""
         return "; ".join(failure for servers in self.started for failure in servers.failures())
+
+    async def failures_soon(self) -> str:
+        """The same, for a job that has failed: its end of a connection may have heard earlier of
+        the end of a process than we."""
+        waits = round(NEWS_S / NEWS_INTERVAL_S)
+        while not (found := self.failures()) and waits:
+            waits -= 1
+            await asyncio.sleep(NEWS_INTERVAL_S)
+        return found
 
 
 def arena_bytes(job: Job) -> int:

@@ -117,7 +117,7 @@ async def _run_job(job: Job, trial: int, group: int, gate: Gate, watcher: Watche
         if job.ioengine == "kv":
             async with servers_of(job) as servers:
                 clones = await run.run(servers)
-                error = servers.failures()
+                error = await servers.failures_soon() if run.errors else servers.failures()
         else:
             clones = await run.run(JobServers())
     except DaemonFailed as failure:

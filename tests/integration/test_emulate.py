@@ -109,6 +109,7 @@ def test_policies_do_the_same_work_by_other_ways(tmp_path: Path, trace: str) -> 
         assert word in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_nodes_take_turns(tmp_path: Path, trace: str) -> None:
     require_shaping()

@@ -300,6 +300,7 @@ async def test_turns_of_several_sessions_go_side_by_side(tmp_path: Path) -> None
         all_is_well(*await on.turn("last", range(MEMORY_BLOCKS), 0))
 
 
+@pytest.mark.long
 async def test_turns_without_hits_or_new_blocks_or_any(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
         all_is_well(*await on.turn("new", range(3), 0))
@@ -314,6 +315,7 @@ async def test_turns_without_hits_or_new_blocks_or_any(tmp_path: Path) -> None:
         assert changed["storage"]["put_bytes"] == 0
 
 
+@pytest.mark.long
 async def test_a_turn_may_be_told_to_both_at_once(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
         await relay_is_known(on)
@@ -331,6 +333,7 @@ async def test_a_turn_may_be_told_to_both_at_once(tmp_path: Path) -> None:
         await nothing_is_held(on)
 
 
+@pytest.mark.long
 async def test_what_is_missing_or_wrong_is_said_and_not_stored(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
         # Storage has three of five hits, one of them with the bytes of another block.
@@ -381,6 +384,7 @@ async def test_an_engine_that_dies_in_mid_turn_is_told_to_all_who_wait(tmp_path:
         await nothing_is_held(on)
 
 
+@pytest.mark.long
 async def test_who_waits_no_more_does_not_disturb_the_others(tmp_path: Path) -> None:
     async with nodes(tmp_path) as on:
         step = decode("given up", range(4), 0, on.prefill.uris[0])
@@ -416,6 +420,7 @@ async def test_an_engine_without_an_agent_or_memory_does_not_start(tmp_path: Pat
         await EngineSession.start(Here(), uneven)
 
 
+@pytest.mark.long
 async def test_an_engine_ends_with_its_input_and_at_what_it_does_not_understand(
     tmp_path: Path,
 ) -> None:

@@ -135,6 +135,7 @@ def test_a_job_runs_beside_threads_that_spin_and_names_them(words: list[str]) ->
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("asked", ["auto", "shm"])
 def test_blocks_are_read_where_they_lie(asked: str) -> None:
     words = ["--name=a", "--rw=randread", "--path=views", f"--transport={asked}", *SMALL]
@@ -280,6 +281,7 @@ def test_clones_share_memory_with_one_daemon() -> None:
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_what_a_given_daemon_offers_is_used_and_nothing_else_instead() -> None:
     # An abstract one: a temporary directory's path may be too long for a socket.
@@ -324,6 +326,7 @@ async def test_an_agent_that_dies_ends_the_job() -> None:
     assert b"error: kvagent ended with signal 9" in output
 
 
+@pytest.mark.long
 def test_writes_beyond_the_arena_are_stored_and_evict() -> None:
     words = ["--name=a", "--rw=randwrite", "--runtime=500ms", "--time_based", "--verify=1", *SMALL]
     (job,) = run_json(*words)["jobs"]
@@ -333,6 +336,7 @@ def test_writes_beyond_the_arena_are_stored_and_evict() -> None:
     assert job["blocks"]["wrong"] == 0
 
 
+@pytest.mark.long
 def test_clones_add_up() -> None:
     (job,) = run_json("--name=a", "--rw=randread", "--numjobs=3", "--verify=1", *SMALL)["jobs"]
     assert job["read"]["io_bytes"] == 3 * (8 << 20)
@@ -352,6 +356,7 @@ async def test_clones_are_processes_that_share_one_daemon() -> None:
     assert sum(b"kvstore_daemon" in line for line in lines) == 1
 
 
+@pytest.mark.long
 def test_results_are_compared_and_drawn(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
     for path in paths:
@@ -366,6 +371,7 @@ def test_results_are_compared_and_drawn(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'a.svg'}\n"), done.stderr
 
 
+@pytest.mark.long
 def test_the_three_jobs_of_limits_come_in_one_json_with_their_ratios(tmp_path: Path) -> None:
     path = tmp_path / "limits.json"
     words = ["--size=32m", "--runtime=200ms", "--ramp_time=50ms", "--trials=2"]
@@ -398,6 +404,7 @@ def test_jobs_of_a_group_run_side_by_side_and_are_reported_for_people() -> None:
     assert "store working set" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.asyncio
 async def test_jobs_leave_nothing_on_daemons_that_they_were_given() -> None:
     async with Daemons(2, 32 << 20) as daemons:
