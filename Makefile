@@ -75,7 +75,8 @@ test-full: install ## Run all tests, the long ones too
 test test-full:
 	@tmp=$$(mktemp -d)
 	trap 'rm -rf "$$tmp"' EXIT
-	TMPDIR=$$tmp PYTHONASYNCIODEBUG=1 $(RUN) -m pytest -o cache_dir=$(VENV)/cache/pytest $(WHICH) $(ARGS)
+	TMPDIR=$$tmp PYTHONASYNCIODEBUG=1 \
+	  $(RUN) -m pytest -o cache_dir=$(VENV)/cache/pytest $(WHICH) $(ARGS)
 
 # In a virtual machine with soft devices; what it lacks, tests/rdma/prepare says.
 test-rdma: install ## Run the tests of RDMA on real verbs

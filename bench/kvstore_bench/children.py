@@ -33,10 +33,14 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 def bound_command(module: str, arguments: Sequence[str]) -> list[str]:
     """The command that runs a Python module in a child bound to this process."""
-    program = _BIND % _PR_SET_PDEATHSIG
-    python = sys.executable
     # -P: what lies in the working directory must not take the place of installed packages.
-    return [python, "-IS", "-c", program, str(os.getpid()), python, "-P", "-m", module, *arguments]
+    return bound_program([sys.executable, "-P", "-m", module, *arguments])
+
+
+def bound_program(program: Sequence[str]) -> list[str]:
+    """The command that runs a program, by its path, in a child bound to this process."""
+    bind = _BIND % _PR_SET_PDEATHSIG
+    return [sys.executable, "-IS", "-c", bind, str(os.getpid()), *program]
 
 
 def cpu_ns(pid: int) -> int | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import uvloop
 
 from kvstore.service.descriptors import DESCRIPTORS_BESIDE, raise_descriptor_limit
 from kvstore.service.lifetime import end_at_once_on_signals, serve, try_addresses
 from kvstore.service.log import set_up_log
 from kvstore.service.memory import allocate, touch
-from kvstore.service.users import parse_users
+from kvstore.service.users import SOCKET_UMASK, parse_users
 from kvstore.serving import REFUSALS_MAX, Server, ServerOptions
 from kvstore.units import format_size_bytes
 from kvstore_daemon.config import PROGRAM, Config
@@ -34,6 +36,7 @@ def run(config: Config) -> None:
     """
     set_up_log(PROGRAM, config.log_level)
     end_at_once_on_signals(PROGRAM)
+    os.umask(SOCKET_UMASK)
     arena = allocate(config.memory_bytes, "kvstored-arena")
     source = ArenaSource(arena.view, capacities=config.pool_capacities)
     options = ServerOptions(

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 from kvstore.errors import ConfigError
 
+# Who may write to a socket may connect to it. Engines share the group of who serves them (Group= of
+# the systemd units): files that it makes, which are sockets all, are for user and group alone.
+SOCKET_UMASK = 0o117
+
 
 def parse_users(texts: Sequence[str], option: str) -> frozenset[int]:
     """User ids of names and numbers; our own and root's are always among them.

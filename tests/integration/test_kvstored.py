@@ -85,6 +85,7 @@ def test_serves_on_all_its_listeners(tmp_path: Path) -> None:
         for uri in kvstored.uris:
             asyncio.run(put_and_fetch(uri), debug=True)
         assert stat.S_ISSOCK(path.stat().st_mode)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
     assert not path.exists()
 
 

@@ -36,6 +36,8 @@ from kvstore_client.selector import Policy
 EXIT_FAILED = 1
 EXIT_UNAVAILABLE = 3
 _PROGRESS_INTERVAL_S = 0.2
+# In less the first turns, which find nothing stored, and what is learnt of links are most of it.
+TELLING_S = 5.0
 
 
 def add_emulate_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -88,6 +90,12 @@ def run_emulate(args: argparse.Namespace) -> int:
     lines = table(results) if options.limit is None else search_table(found)
     for line in (*lines, *voids(results)):
         print(line, file=people)
+    if options.limit is None and max(result.jct_s for result in results) < TELLING_S:
+        print(
+            f"all of it took less than {TELLING_S:g} s, too little to tell policies apart: more"
+            " --sessions or --turns, or a slower --storage-nic",
+            file=people,
+        )
     figures = json.dumps(as_json(options, results, found), indent=2) + "\n"
     if to_stdout:
         sys.stdout.write(figures)

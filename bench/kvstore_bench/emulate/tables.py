@@ -63,7 +63,7 @@ def describe(options: Options) -> Iterable[str]:
 def table(results: Sequence[Result]) -> list[str]:
     """A line for each run, beside the first of its trial."""
     rows = [
-        ["policy", "jct s", "of direct", "ttft p50", "p99", "fetch p50", "p99", "loaded MB/s",
+        ["policy", "jct s", "speed-up", "ttft p50", "p99", "fetch p50", "p99", "loaded MB/s",
          "relay", "busiest NIC", "wrong", "missed"]
     ]  # fmt: skip
     direct = [result.jct_s for result in results if result.policy == Policy.DIRECT]

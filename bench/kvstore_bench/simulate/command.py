@@ -198,9 +198,9 @@ def parse_policies(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in CHOICES:
-            raise ConfigError("--policies", name, f"is one of {', '.join(CHOICES)}")
+            raise ConfigError("--policies", name, f"is none of {', '.join(CHOICES)}")
     if not names:
-        raise ConfigError("--policies", text, f"names at least one of {', '.join(CHOICES)}")
+        raise ConfigError("--policies", text, f"names none of {', '.join(CHOICES)}")
     return names
 
 

@@ -11,6 +11,7 @@ from kvstore.service.descriptors import DESCRIPTORS_BESIDE, raise_descriptor_lim
 from kvstore.service.lifetime import end_at_once_on_signals, serve, try_addresses
 from kvstore.service.log import set_up_log
 from kvstore.service.memory import allocate, touch
+from kvstore.service.users import SOCKET_UMASK
 from kvstore.serving import REFUSALS_MAX, ServerOptions
 from kvstore.units import format_size_bytes
 from kvstore_client.agent.agent import Agent
@@ -20,9 +21,6 @@ from kvstore_client.agent.options import check_options
 
 # To each daemon and each other agent: for requests, for payload, for reports.
 CONNECTIONS_A_NODE = 3
-# Who may write to a socket may connect to it. Engines share the group of the agent: files that
-# it makes, which are sockets all, are for user and group alone (mode 0660).
-UMASK = 0o117
 
 
 def run(config: Config) -> None:
@@ -44,7 +42,7 @@ def run(config: Config) -> None:
 def _run(config: Config) -> None:
     set_up_log(PROGRAM, config.log_level)
     end_at_once_on_signals(PROGRAM)
-    os.umask(UMASK)
+    os.umask(SOCKET_UMASK)
     options = config.agent
     endpoints = check_options(options, NAMES)
     region = allocate(options.memory_bytes, "kvagent-pool")
