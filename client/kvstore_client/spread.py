@@ -324,6 +324,11 @@ class Spread:
         layers = shipment.layers
         return index, self._job.first_missing(index, layers.start), layers.stop
 
+    def _all_landed(self, shipment: Shipment) -> None:
+        if self._split:
+            for index in shipment.indices:
+                self._landed(shipment, index)
+
     def _landed(self, shipment: Shipment, index: int) -> None:
         """A shipment brings no more of a block, and nobody writes there on its behalf."""
         if not self._split:
@@ -390,17 +395,17 @@ class Spread:
                         self._failed(lane, rest, FetchOutcome.UNAVAILABLE)
             # Without the slot: a peer that hangs must not keep all of them.
             await shipment.freed()
+            self._all_landed(shipment)
         except Exception as error:
             # Nobody awaits this task, and the blocks must not be lost with it.
             logger.exception("internal error in a shipment of %s", link.peer)
             job.add_error(error)
             self._take_back(lane, shipment, self._unavailable)
+            await shipment.freed()
+            self._all_landed(shipment)
         finally:
             self._uncharge(lane, shipment)
             lane.under_way.pop(shipment, None)
-            if self._split:
-                for index in shipment.indices:
-                    self._landed(shipment, index)
             self._wake()
 
     # --- failing ---------------------------------------------------------------------------

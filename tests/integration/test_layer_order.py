@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from kvstore.blocksource import FetchStream, RelayLoad
 from kvstore.layout import PieceMap
 from kvstore.messages import FetchOutcome, Role, ServedBy
 from kvstore_client import AsyncClient, Namespace, spread
+from kvstore_client.cluster import Cluster
 from kvstore_client.selector import Plan, PlannedRun
 from tests.support.agents import run_agents
 from tests.support.cluster import (
@@ -41,6 +43,7 @@ HIT, MISS = FetchOutcome.HIT, FetchOutcome.MISS
 DIRECT, RELAY = ServedBy.DIRECT, ServedBy.RELAY
 BLOCKS = 64
 WAYS = ["direct", "relay", "both"]
+SERVED_BY = {"direct": {DIRECT}, "relay": {RELAY}, "both": {DIRECT, RELAY}}
 
 
 @pytest.fixture(autouse=True)
@@ -85,16 +88,16 @@ class Watched:
         )
 
 
-def send(client: AsyncClient, way: str, relay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def send(cluster: Cluster, way: str, relay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the blocks of each fetch go this way."""
-    plan = client.cluster.relays.plan
+    plan = cluster.relays.plan
     half = {"direct": BLOCKS, "relay": 0, "both": BLOCKS // 2}[way]
     runs = [PlannedRun(0, half, 0), PlannedRun(half, BLOCKS, 0, relay)]
 
     def planned(*args: Any) -> Plan:
         return plan(*args)._replace(runs=[run for run in runs if run[0] < run[1]])
 
-    monkeypatch.setattr(client.cluster.relays, "plan", planned)
+    monkeypatch.setattr(cluster.relays, "plan", planned)
 
 
 @contextlib.asynccontextmanager
@@ -110,7 +113,7 @@ async def bed(
             (link,) = client.cluster.relays.links
             await until(lambda: client.report(agent.name), "the agent has told of its load")
             await until(lambda: not link.refusal(namespace))
-            send(client, way, agent.name, monkeypatch)
+            send(client.cluster, way, agent.name, monkeypatch)
             yield client, namespace, nodes[0], agent
 
 
@@ -131,7 +134,7 @@ async def two_sources(
             (link,) = client.cluster.relays.links
             await until(lambda: client.report(relay.name), "the relay has told of its load")
             await until(lambda: not link.refusal(namespace))
-            send(client, way, relay.name, monkeypatch)
+            send(client.cluster, way, relay.name, monkeypatch)
             yield client, namespace, nodes[0], relay
 
 
@@ -158,8 +161,7 @@ async def test_the_first_layers_are_ready_before_any_other_has_left_storage(
         await handle.quiesced()
         assert result.ok, result.errors
         check_hits(result, keys, into)
-        ways = {"direct": {DIRECT}, "relay": {RELAY}, "both": {DIRECT, RELAY}}[way]
-        assert set(result.served_by) == ways
+        assert set(result.served_by) == SERVED_BY[way]
         assert watched.times() == once(keys)
         assert sum(run.bytes for run in result.runs) == BLOCKS * BLOCK_BYTES
 
@@ -313,6 +315,40 @@ async def test_a_fetch_that_is_cancelled_between_two_groups_is_quiet(
         inflight = client.cluster.relays.inflight
         meters = (inflight.direct, *inflight.ring)
         assert [meter.inflight_bytes for meter in meters] == [0] * len(meters)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_engine_gets_first_layers_first_through_its_agent(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = chain(BLOCKS)
+    async with serve(1) as nodes, run_agents(nodes) as (relay,):
+        async with connected(nodes) as client:
+            await store_blocks(client, await open_pool(client), keys)
+        options: dict[str, Any] = {"relays": (relay.uri,), "policy": "round_robin"}
+        async with (
+            run_agents(nodes, name="other", local=tmp_path, **options) as (agent,),
+            connected(agent.local, deadline_s=60.0) as engine,
+        ):
+            cluster = agent.agent.cluster
+            await until(lambda: cluster.reports.report(relay.name))
+            namespace = await open_pool(engine)
+            (link,) = cluster.relays.links
+            await until(lambda: not link.refusal(namespace))
+            send(cluster, way, relay.name, monkeypatch)
+            watched, into = Watched(nodes[0]), room(BLOCKS)
+            watched.late.chunks_left = 0
+            handle = engine.fetch(namespace, keys, into, order="layer", group_layers=1)
+            async with asyncio.timeout(PATIENCE_S):
+                assert await handle.layer(0)
+            assert handle.layers_ready == 1
+            watched.late.open()
+            result = await handle
+            await handle.quiesced()
+            assert result.ok, result.errors
+            check_hits(result, keys, into)
+            assert watched.times() == once(keys)
+            assert set(result.served_by) == SERVED_BY[way]
 
 
 async def test_what_fits_into_one_request_is_one() -> None:

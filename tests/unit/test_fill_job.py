@@ -114,6 +114,26 @@ def test_the_rest_of_a_block_begins_with_the_layer_that_nobody_was_told_of() -> 
         assert memory == content(name, len(memory))
 
 
+def test_groups_of_a_block_by_several_requests_in_any_order() -> None:
+    bed = Bed(1, 4)  # groups end at layers 4, 8 and 10
+    first, second, third = (
+        bed.job.transfer([0], layers, bed.job.block_failed)
+        for layers in (range(4), range(4, 8), range(8, 10))
+    )
+    bed.bring(third, 0, 10)
+    bed.bring(second, 0, 5)
+    second.abandon()
+    bed.bring(second, 0, 8)  # what is still on its way
+    assert [bed.job.first_missing(0, since) for since in (0, 4, 8)] == [0, 5, 10]
+    assert bed.job.handle.layers_ready == 0
+    bed.bring(bed.job.transfer([0], range(5, 8), bed.job.block_failed), 0, 8)
+    assert list(bed.job.outcomes) == [PENDING]
+    assert bed.job.handle.layers_ready == 0
+    bed.bring(first, 0, 4)
+    bed.check_complete()
+    assert bed.memory[0] == content(bed.keys[0], len(bed.memory[0]))
+
+
 def test_what_was_passed_on_is_never_written_again() -> None:
     bed = Bed(1, 0)
     one = bed.begin(0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from kvstore.messages import FetchOutcome
+from kvstore.transfer import PENDING
 from kvstore_client.handles import FetchHandle
 from kvstore_client.jobs import FetchJob
 from kvstore_client.lanes import Lane, Part
@@ -171,16 +174,16 @@ class Link:
         return 1000
 
 
-class TwoWays(Ways):
-    """A daemon and a relay; what is sent goes nowhere."""
+class AllWays(Ways):
+    """Two daemons and a relay; what is sent goes nowhere."""
 
     copied = False
     relay = "relay"
 
     def __init__(self) -> None:
         self.ways: dict[int | str, Any] = {
-            name: (None, Link(str(name)), PathMeter(GainMeter(), str(name) if name else ""))
-            for name in (0, "relay")
+            name: (None, Link(str(name)), PathMeter(GainMeter(), name if name == "relay" else ""))
+            for name in (0, 1, "relay")
         }
         for _, _, meter in self.ways.values():
             meter.observed_Bps = 1e4  # so that a few bytes are worth a move
@@ -202,12 +205,15 @@ class Bed:
         chunk: Bytes of a shipment.
     """
 
-    def __init__(self, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch, owners: Sequence[int] = (0,)
+    ) -> None:
         for name in ("CHUNK_BYTES_MIN", "CHUNK_BYTES_MAX"):
             monkeypatch.setattr(f"kvstore_client.spread.{name}", chunk)
-        self.job, self.ways = make_job(count), TwoWays()
+        self.job, self.ways = make_job(count), AllWays()
         loop = asyncio.get_running_loop()
-        self.spread = Spread(loop, self.ways, self.job, [(0,)] * count, chunked=True, eager=True)
+        owned = [tuple(owners)] * count
+        self.spread = Spread(loop, self.ways, self.job, owned, chunked=True, eager=True)
 
     def next(self, way: int | str = 0) -> Shipment:
         """The next shipment by a way."""
@@ -331,3 +337,98 @@ async def test_what_was_taken_over_does_not_come_back_when_the_rest_fails(
         (index, layer) for indices, layers in bed.all(0) for index in indices for layer in layers
     )
     assert asked == [(index, layer) for index in range(2) for layer in LAYERS]
+
+
+class Chance:
+    """What becomes of requests, by chance; and what must be true at each moment."""
+
+    def __init__(self, bed: Bed, seed: int) -> None:
+        self.bed, self.draws = bed, random.Random(seed)
+        self.under_way: list[tuple[Lane, Shipment]] = []
+        self.ends: Counter[int] = Counter()
+        self.arrived: Counter[tuple[int, int]] = Counter()
+        bed.job.on_block = lambda index, outcome: self.ends.update((index,))
+
+    def send(self) -> None:
+        """A shipment more, of a lane where something waits."""
+        spread = self.bed.spread
+        spread._level()
+        lanes = [lane for lane in spread._lanes.values() if lane.waiting]
+        if lanes:
+            lane = self.draws.choice(lanes)
+            shipment = spread._next(lane)
+            if shipment is not None:
+                self.under_way.append((lane, shipment))
+        self.check()
+
+    def check(self) -> None:
+        """No layer of a block is on its way twice, nor waits once it is here or on its way."""
+        spread, job = self.bed.spread, self.bed.job
+        coming: Counter[tuple[int, int]] = Counter()
+        for _, shipment in self.under_way:
+            for index in shipment.pending():
+                first = job.first_missing(index, shipment.layers.start)
+                coming.update((index, layer) for layer in range(first, shipment.layers.stop))
+        for lane in spread._lanes.values():
+            assert lane.waiting_bytes == sum(map(lane.part_bytes, lane.waiting))
+            for index, first, last in lane.waiting:
+                if job.outcomes[index] == PENDING and index not in spread._lost:
+                    coming.update((index, layer) for layer in range(first, last))
+        assert set(coming.values()) <= {1}
+        for index in job.pending():
+            missing = {layer for layer in LAYERS if not self.arrived[index, layer // GROUP]}
+            named = {layer for number, layer in coming if number == index}
+            assert named <= missing
+            assert named == missing or index in spread._lost
+
+    def happen(self) -> None:
+        """Something becomes of a shipment: a group comes, a block fails, it is taken back, ends."""
+        lane, shipment = one = self.draws.choice(self.under_way)
+        transfer, pending = shipment._transfer, shipment.pending()
+        what = self.draws.random()
+        if not pending or what < 0.1:
+            self.under_way.remove(one)
+            transfer.fail_rest(UNAVAILABLE)
+            self.bed.spread._all_landed(shipment)
+            return
+        index = self.draws.choice(pending)
+        if what < 0.75:
+            job = self.bed.job
+            group = (job.first_missing(index, shipment.layers.start)) // GROUP
+            assert job.outcomes[index] == PENDING, "nobody writes where a block has failed"
+            self.arrived[index, group] += 1
+            position = list(shipment.indices).index(index)
+            transfer._group_done(position, group - shipment.layers.start // GROUP)
+        elif what < 0.9:
+            outcome = self.draws.choice([MISS, UNAVAILABLE, FetchOutcome.CORRUPT])
+            transfer._fail(list(shipment.indices).index(index), outcome)
+        else:
+            self.under_way.remove(one)
+            then = self.draws.choice([self.bed.spread._try_other, self.bed.spread._move])
+            self.bed.spread._take_back(lane, shipment, then)
+            self.bed.spread._all_landed(shipment)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("copied", [False, True])
+async def test_whatever_happens_each_block_ends_once(
+    copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: Counter[int] = Counter()
+    for seed in range(15):
+        bed = Bed(12, 300, monkeypatch, owners=(0, 1))
+        monkeypatch.setattr(AllWays, "copied", copied)
+        bed.spread.send(range(5))
+        bed.spread.send(range(5, 12), "relay")
+        chance = Chance(bed, seed)
+        while bed.job.pending():
+            if chance.draws.random() < 0.4 or not chance.under_way:
+                chance.send()
+            else:
+                chance.happen()
+        assert chance.ends == dict.fromkeys(range(12), 1)
+        assert set(chance.arrived.values()) <= {1}
+        assert bed.job.handle.layers_ready == len(SIZES)
+        outcomes.update(bed.job.outcomes)
+    assert outcomes[HIT]
+    assert outcomes[MISS]
