@@ -320,6 +320,16 @@ async def test_all_layers_go_the_other_way_once_one_of_them_has_failed(
 
 
 @pytest.mark.asyncio
+async def test_what_was_taken_over_goes_by_who_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bed = Bed(2, 60, monkeypatch)
+    bed.spread.send(range(2), "relay")
+    assert bed.next("relay").indices == [0, 1]
+    bed.spread._steal(bed.spread._lane(0), bed.spread._lane("relay"))
+    assert {index for indices, _ in bed.all(0) for index in indices} == {1}
+    assert {index for indices, _ in bed.all("relay") for index in indices} == {0}
+
+
+@pytest.mark.asyncio
 async def test_what_was_taken_over_does_not_come_back_when_the_rest_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -327,7 +337,6 @@ async def test_what_was_taken_over_does_not_come_back_when_the_rest_fails(
     bed.spread.send(range(2), "relay")
     first = bed.next("relay")
     assert first.indices == [0, 1]
-    bed.spread._lane(0)
     bed.spread._steal(bed.spread._lane(0), bed.spread._lane("relay"))
     moved = [part[0] for part in bed.spread._lane(0).waiting]
     assert moved == [1]
@@ -415,7 +424,7 @@ async def test_whatever_happens_each_block_ends_once(
     copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcomes: Counter[int] = Counter()
-    for seed in range(15):
+    for seed in range(10):
         bed = Bed(12, 300, monkeypatch, owners=(0, 1))
         monkeypatch.setattr(AllWays, "copied", copied)
         bed.spread.send(range(5))
@@ -430,5 +439,4 @@ async def test_whatever_happens_each_block_ends_once(
         assert set(chance.arrived.values()) <= {1}
         assert bed.job.handle.layers_ready == len(SIZES)
         outcomes.update(bed.job.outcomes)
-    assert outcomes[HIT]
-    assert outcomes[MISS]
+    assert 0 < outcomes[HIT] < outcomes.total()
