@@ -184,11 +184,13 @@ class Spread:
     def _lane(self, key: int | str) -> Lane:
         lane = self._lanes.get(key)
         if lane is None:
-            ways = self._ways
-            way = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
             offsets = self._job.namespace.geometry.offsets
-            lane = self._lanes[key] = Lane(key, *way, offsets)
+            lane = self._lanes[key] = Lane(key, *self._way_by(key), offsets)
         return lane
+
+    def _way_by(self, key: int | str) -> tuple[FetchPath, PeerLink, PathMeter]:
+        ways = self._ways
+        return ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
 
     def _over(self) -> bool:
         return self._job.ended or self._loop.time() >= self._job.deadline_at
@@ -587,8 +589,8 @@ class Spread:
                 break
         else:
             return False
-        ways = self._ways
-        _, link, meter = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
+        known = self._lanes.get(key)
+        link, meter = (known.link, known.meter) if known is not None else self._way_by(key)[1:]
         here_Bps = shipment.arrived_bytes / age_s
         return link.usable and (not meter.seen_Bps or meter.seen_Bps > here_Bps)
 
