@@ -56,9 +56,11 @@ class FetchResult(msgspec.Struct, frozen=True, kw_only=True):
         tiers: Where each block was found. A peer says so in its last word: where that did not
             come, because of the deadline, a cancel or a broken link, a hit has Tier.NONE too.
         runs: What the blocks travelled in; those tried again are in two.
-        run_of_block: For each key the index of its last run, -1 if it was in none.
-        served_by: By which path each hit came. Through the agent of this node it is the path
-            by which the agent got it, HELD if it had it already.
+        run_of_block: For each key the index of its last run, -1 if it was in none. With
+            order=layer and relays layers of a block may come by several.
+        served_by: By which path each hit came; the last of its layers, if they came by several.
+            Through the agent of this node it is the path by which the agent got it, HELD if it
+            had it already.
         plan: Why the blocks went which way, for people.
         estimate_s: How long that was expected to take; 0.0 without relays to choose from.
         bytes: Bytes of hits that are in the caller's memory.

@@ -8,6 +8,7 @@ the loop's thread; knows neither sockets nor paths.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -191,6 +192,7 @@ class FetchJob(Job):
         plan: Why the blocks went which way.
         estimate_s: How long that was expected to take; 0.0 if nobody has estimated it.
         moved_count: Blocks that were taken back from one way and sent another.
+        corrupt: Blocks that came damaged, by the peer that has been told of it.
         on_block: Called once for each key with its final outcome, as soon as that is known.
     """
 
@@ -216,12 +218,16 @@ class FetchJob(Job):
         self.plan = ""
         self.estimate_s = 0.0
         self.moved_count = 0
+        self.corrupt: defaultdict[str, set[int]] = defaultdict(set)
         self.on_block: Callable[[int, int], None] | None = None
         self.handle: FetchHandle
         self._geometry: Geometry = namespace.geometry
         group_count = self.pieces(1).group_count
         self._group_count = group_count
-        self._groups_done = [0] * len(keys)
+        self._step = group_layers or len(layers)  # layers in a group
+        # For each block a bit a group that is here, by whatever requests.
+        self._groups_here = [0] * len(keys)
+        self._all_here = (1 << group_count) - 1
         # Blocks that a group still waits for, and the first group that waits for any.
         self._waiting = [len(keys)] * group_count
         self._first_waiting = 0
@@ -237,29 +243,45 @@ class FetchJob(Job):
             self.group_layers,
         )
 
-    def first_missing(self, index: int) -> int:
-        """The layer of a block with which a request for the rest begins."""
-        return self.layers.start + self._groups_done[index] * self.group_layers
+    def first_missing(self, index: int, since: int) -> int:
+        """The first layer of a block, not before `since`, that must be asked for."""
+        group = (since - self.layers.start) // self._step
+        return self.layers.start + _first_zero(self._groups_here[index], group) * self._step
+
+    def group_end(self, layer: int) -> int:
+        """The layer behind the group of layers in which a layer lies."""
+        first, step = self.layers.start, self._step
+        return min(first + ((layer - first) // step + 1) * step, self.layers.stop)
 
     @property
     def span_bytes(self) -> int:
         """Bytes asked for of each block."""
+        return self.size_bytes(self.layers.start, self.layers.stop)
+
+    def size_bytes(self, first: int, last: int) -> int:
+        """Bytes of layers `[first, last)` of a block."""
         offsets = self._geometry.offsets
-        return offsets[self.layers.stop] - offsets[self.layers.start]
+        return offsets[last] - offsets[first]
 
     def transfer(
-        self, indices: Sequence[int], on_failed: Callable[[int, FetchOutcome], None]
+        self,
+        indices: Sequence[int],
+        layers: range,
+        on_failed: Callable[[int, FetchOutcome], None],
     ) -> FetchTransfer:
-        """What receives the rest of some blocks, which must be the same layers of each.
+        """What receives some layers of some blocks, none of which is here or was asked for.
 
         Args:
+            layers: Of each block; they begin and end with groups, but what `first_missing` says
+                may lie within one.
             on_failed: Called with (index of the job, outcome), see `FetchPath.fetch`.
         """
-        first = self.first_missing(indices[0])
-        pieces = PieceMap(self._geometry, len(indices), first, self.layers.stop, self.group_layers)
+        pieces = PieceMap(
+            self._geometry, len(indices), layers.start, layers.stop, self.group_layers
+        )
         memory = [self.memory[index] for index in indices]
-        if first > self.layers.start:
-            memory = [self._after(block, first) for block in memory]
+        if layers != self.layers:
+            memory = [self._cut(block, layers) for block in memory]
         return self._transfer(
             [self.keys[index] for index in indices],
             pieces,
@@ -271,8 +293,8 @@ class FetchJob(Job):
 
     def _on_piece(self, indices: Sequence[int], pieces: PieceMap) -> Callable[[int, int], None]:
         """What a transfer calls with (its index, its group)."""
-        done = self._groups_done[indices[0]]
-        return lambda index, group: self.piece_arrived(indices[index], done + group)
+        first = (pieces.layer_first - self.layers.start) // self._step
+        return lambda index, group: self.piece_arrived(indices[index], first + group)
 
     def _transfer(
         self,
@@ -285,19 +307,21 @@ class FetchJob(Job):
     ) -> FetchTransfer:
         return FetchTransfer(self.namespace.id, keys, pieces, memory, on_piece, on_failed)
 
-    def _after(self, memory: BlockMemory, layer: int) -> BlockMemory:
-        """The memory of a block from a layer on."""
+    def _cut(self, memory: BlockMemory, layers: range) -> BlockMemory:
+        """The memory of some layers of a block."""
+        first, last = layers.start, layers.stop
         if isinstance(memory, memoryview):
-            offsets = self._geometry.offsets
-            return memory[offsets[layer] - offsets[self.layers.start] :]
-        return memory[layer - self.layers.start :]
+            offsets, base = self._geometry.offsets, self._geometry.offsets[self.layers.start]
+            return memory[offsets[first] - base : offsets[last] - base]
+        return memory[first - self.layers.start : last - self.layers.start]
 
     def piece_arrived(self, index: int, group: int) -> None:
         """A group of layers of a block is in the caller's memory and was verified."""
-        assert group == self._groups_done[index], "a transfer lets no group overtake another"
-        self._groups_done[index] = group + 1
+        here = self._groups_here[index]
+        assert not here >> group & 1, "each group of a block is asked for once at a time"
+        self._groups_here[index] = here = here | 1 << group
         self._waiting[group] -= 1
-        if group + 1 == self._group_count:
+        if here == self._all_here:
             self.outcomes[index] = FetchOutcome.HIT
             if self.on_block is not None:
                 self.on_block(index, FetchOutcome.HIT)
@@ -309,8 +333,10 @@ class FetchJob(Job):
             return
         self.outcomes[index] = outcome
         self._failed = True
-        for group in range(self._groups_done[index], self._group_count):
-            self._waiting[group] -= 1
+        here = self._groups_here[index]
+        for group in range(self._group_count):
+            if not here >> group & 1:
+                self._waiting[group] -= 1
         if self.on_block is not None:
             self.on_block(index, outcome)
         self._publish()
@@ -356,8 +382,8 @@ class FetchJob(Job):
             first += 1
         if first != self._first_waiting and not self.ended:
             self._first_waiting = first
-            step = self.group_layers or len(self.layers)
-            self.handle._publish_layers(min(first * step, len(self.layers)), self._failed)
+            ready = min(first * self._step, len(self.layers))
+            self.handle._publish_layers(ready, self._failed)
 
 
 class FillJob(FetchJob):
@@ -386,33 +412,34 @@ class FillJob(FetchJob):
         self._verify = verify
         #: Called when a run has ended, and `served_by` says more.
         self.on_run: Callable[[], object] | None = None
-        # For each group the layer behind its last one.
-        self._group_ends = [last for _, last, _, _ in self.pieces(1).group_ranges]
-        #: For each block the layer up to which its layers may have been passed on.
-        self.told = [layers.start] * len(self.keys)
+        # For each group a bit a layer.
+        self._group_masks = [
+            _layer_mask(first, last) for first, last, _, _ in self.pieces(1).group_ranges
+        ]
+        #: For each block a bit a layer that may have been passed on.
+        self.told = [0] * len(self.keys)
 
     def add_run(self, run: Run, indices: Sequence[int]) -> None:
         super().add_run(run, indices)
         if self.on_run is not None:
             self.on_run()
 
-    def first_missing(self, index: int) -> int:
+    def first_missing(self, index: int, since: int) -> int:
         # What was passed on must not be overwritten, with whatever version of the block.
-        return self.told[index]
+        return _first_zero(self.told[index], since)
 
     def _on_piece(self, indices: Sequence[int], pieces: PieceMap) -> Callable[[int, int], None]:
         # A request that begins within a group of the job has others; so that a group may be
         # here in full, and that is known with the next one only.
-        ends = [last for _, last, _, _ in pieces.group_ranges]
-        return lambda index, group: self._layers_here(indices[index], ends[group])
+        return lambda index, group: self._layers_here(indices[index])
 
-    def _layers_here(self, index: int, layer: int) -> None:
-        """All layers of a block in front of this one are in their memory, however many requests
-        have brought them."""
-        for group in range(self._groups_done[index], self._group_count):
-            if self._group_ends[group] > layer:
-                return
-            self.piece_arrived(index, group)
+    def _layers_here(self, index: int) -> None:
+        """Layers of a block are in their memory, and a group of some request is complete:
+        perhaps some of the job are, however many requests have brought them."""
+        told, here = self.told[index], self._groups_here[index]
+        for group, mask in enumerate(self._group_masks):
+            if told & mask == mask and not here >> group & 1:
+                self.piece_arrived(index, group)
 
     def _transfer(
         self,
@@ -429,6 +456,17 @@ class FillJob(FetchJob):
         )
 
 
+def _layer_mask(first: int, last: int) -> int:
+    """A bit for each of the layers `[first, last)`."""
+    return (1 << last) - (1 << first)
+
+
+def _first_zero(bits: int, since: int) -> int:
+    """The lowest place, not below `since`, whose bit is not set."""
+    rest = ~bits >> since
+    return since + (rest & -rest).bit_length() - 1
+
+
 class _RunSink:
     """Tells of the layers of a run by the indices of its job."""
 
@@ -442,7 +480,7 @@ class _RunSink:
 
     def layers_arrived(self, index: int, layer_first: int, layer_last: int) -> None:
         number = self._indices[index]
-        self._told[number] = layer_last
+        self._told[number] |= _layer_mask(layer_first, layer_last)
         self._sink.layers_arrived(number, layer_first, layer_last)
 
 

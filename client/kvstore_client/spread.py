@@ -11,6 +11,9 @@ silent or lost.
 
 A *lane* is one way of this fetch: one peer by one path. What it has sent is a few shipments,
 so that there is something to take over, and no more than about 100 ms of its rate is under way.
+With order=layer a shipment is a group of layers of many blocks, or a few groups of few, and a
+lane sends a group of all its blocks before the next: layers of a block then come by several
+requests, perhaps by several lanes.
 
 What is taken back lands in scratch memory from that moment on: over a byte stream the bytes
 of the old attempt pass through our own reader, which knows them by their request id.
@@ -21,13 +24,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 from kvstore.messages import FetchOutcome
+from kvstore.transfer import PENDING
 from kvstore_client.jobs import FetchJob
+from kvstore_client.lanes import Lane, Part
 from kvstore_client.link import KEY_METADATA_BYTES, PeerLink
 from kvstore_client.paths.base import FetchPath, Shipment
 from kvstore_client.places import place_bytes_of
@@ -84,38 +90,6 @@ class Ways(Protocol):
         """Whether each block is at both of its owners."""
 
 
-class Lane:
-    """One way of one fetch.
-
-    Attributes:
-        key: Index of the daemon, or node id of the relay.
-        waiting: Blocks that are yet to be sent.
-        under_way: Shipments.
-        barren: For another lane, how many at the end of `waiting` it may not take over.
-    """
-
-    __slots__ = ("barren", "key", "link", "meter", "path", "under_way", "waiting")
-
-    def __init__(self, key: int | str, path: FetchPath, link: PeerLink, meter: PathMeter) -> None:
-        self.key = key
-        self.path = path
-        self.link = link
-        self.meter = meter
-        self.waiting: deque[int] = deque()
-        self.under_way: dict[Shipment, asyncio.Task[None]] = {}
-        self.barren: dict[int | str, int] = {}
-
-    @property
-    def relay(self) -> bool:
-        """Whether it is the way by a relay."""
-        return isinstance(self.key, str)
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of this fetch that are under way."""
-        return sum(one.size_bytes - one.arrived_bytes for one in self.under_way)
-
-
 class Spread:
     """One fetch under way. On the loop's thread.
 
@@ -142,26 +116,37 @@ class Spread:
         self._owners = owners
         self._chunked = chunked
         self._eager = eager
+        # Whether layers of a block may come by several requests at once.
+        self._split = chunked and job.group_end(job.layers.start) < job.layers.stop
         self._lanes: dict[int | str, Lane] = {}
+        self._way: list[int | str] = [owned[0] for owned in owners]  # by which lane the rest goes
         self._ranks = bytearray(len(owners))  # of the owner that is asked next
         self._relayed = bytearray(len(owners))  # no relay is tried any more
         self._worst: dict[int, FetchOutcome] = {}
+        # With `_split`: which requests may still bring layers of a block, and blocks of which
+        # others will not come, so that they have failed when those have ended.
+        self._bringing: defaultdict[int, set[Shipment]] = defaultdict(set)
+        self._lost: set[int] = set()
+        self._strayed = False
         self._turn: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def send(self, indices: Sequence[int], relay: str = "") -> None:
         """Blocks that are to go by a relay, or to their owners; before `run`."""
+        first, last = self._job.layers.start, self._job.layers.stop
         if relay:
-            self._lane(relay).waiting.extend(indices)
+            self._lane(relay).add(indices, first, last)
             for index in indices:
                 self._relayed[index] = 1
+                self._way[index] = relay
             return
-        for index in indices:
-            self._lane(self._owners[index][self._ranks[index]]).waiting.append(index)
+        for owner, group in groupby(indices, lambda index: self._owners[index][0]):
+            self._lane(owner).add(group, first, last)
 
     def fail(self, index: int, outcome: FetchOutcome) -> None:
         """A block cannot be asked for where it should be; before `run`."""
-        self._failed(None, index, outcome)
+        layers = self._job.layers
+        self._failed(None, (index, layers.start, layers.stop), outcome)
 
     async def run(self) -> None:
         """Return when every block has its outcome, or the job has ended."""
@@ -199,15 +184,18 @@ class Spread:
     def _lane(self, key: int | str) -> Lane:
         lane = self._lanes.get(key)
         if lane is None:
-            ways = self._ways
-            way = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
-            lane = self._lanes[key] = Lane(key, *way)
+            offsets = self._job.namespace.geometry.offsets
+            lane = self._lanes[key] = Lane(key, *self._way_by(key), offsets)
         return lane
+
+    def _way_by(self, key: int | str) -> tuple[FetchPath, PeerLink, PathMeter]:
+        ways = self._ways
+        return ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
 
     def _over(self) -> bool:
         return self._job.ended or self._loop.time() >= self._job.deadline_at
 
-    def _alone(self) -> tuple[Lane, list[int]] | None:
+    def _alone(self) -> tuple[Lane, Shipment] | None:
         """The only thing that is to be sent, if it is one request."""
         found: Lane | None = None
         for lane in self._lanes.values():
@@ -217,23 +205,21 @@ class Spread:
                 found = lane
         if found is None or self._can_move(found):
             return None
-        count = len(found.waiting)
-        if count > self._keys_max(found) or (
-            self._chunked and count * self._job.span_bytes > self._chunk_bytes(found)
+        if len(found.waiting) > self._keys_max(found) or (
+            self._chunked and found.waiting_bytes > self._chunk_bytes(found)
         ):
             return None
-        indices = self._take(found)
-        if found.waiting:
-            found.waiting.extendleft(reversed(indices))
-            return None
-        return found, indices
+        if not found.uniform or (self._split and self._worst):
+            return None  # more than one request; or what waits may have to go elsewhere
+        shipment = self._next(found)
+        return (found, shipment) if shipment is not None else None
 
     def _can_move(self, lane: Lane) -> bool:
         """Whether its blocks could go another way when it is silent."""
-        return lane.relay or self._other_way(lane, lane.waiting[0])
+        return lane.relay or self._other_way(lane, lane.waiting[0][0])
 
     def _other_way(self, lane: Lane, index: int) -> bool:
-        if lane.relay:
+        if lane.relay or self._way[index] != lane.key:
             return True
         if not self._relayed[index] and self._ways.spare_relay(self._job):
             return True
@@ -242,13 +228,18 @@ class Spread:
 
     def _pump(self) -> None:
         """Send what the windows allow."""
-        for lane in list(self._lanes.values()):
-            while lane.waiting and self._room(lane):
-                shipment = self._shipment(lane, self._take(lane))
-                # At once: the window must know of it before the next one is looked at.
-                self._charge(lane, shipment)
-                task = self._loop.create_task(self._run(lane, shipment))
-                lane.under_way[shipment] = task
+        self._strayed = True
+        while self._strayed:
+            self._strayed = False
+            for lane in list(self._lanes.values()):
+                while lane.waiting and self._room(lane):
+                    shipment = self._next(lane)
+                    if shipment is None:
+                        continue  # all that was looked at goes elsewhere
+                    # At once: the window must know of it before the next one is looked at.
+                    self._charge(lane, shipment)
+                    task = self._loop.create_task(self._run(lane, shipment))
+                    lane.under_way[shipment] = task
 
     def _room(self, lane: Lane) -> bool:
         if not lane.under_way or not self._chunked:
@@ -270,29 +261,87 @@ class Spread:
         place_bytes = place_bytes_of(self._job.memory[0]) if lane.link.memory else 0
         return lane.link.keys_max(KEY_METADATA_BYTES + place_bytes)
 
-    def _take(self, lane: Lane) -> list[int]:
-        """The next blocks of a lane that go in one request."""
+    def _next(self, lane: Lane) -> Shipment | None:
+        """The next request of a lane; None if what was its next goes by others meanwhile."""
+        job = self._job
         count = self._keys_max(lane)
-        if self._chunked:
-            count = min(count, max(1, self._chunk_bytes(lane) // self._job.span_bytes))
-        waiting, first_missing = lane.waiting, self._job.first_missing
-        layer = first_missing(waiting[0])
-        indices: list[int] = []
-        while waiting and len(indices) < count and first_missing(waiting[0]) == layer:
-            indices.append(waiting.popleft())
-        return indices
+        _, first, last = lane.waiting[0]
+        if not self._chunked:
+            return self._shipment(lane, lane.take(count), first, last)
+        chunk_bytes = self._chunk_bytes(lane)
+        until = min(last, job.group_end(first))
+        count = min(count, max(1, chunk_bytes // job.size_bytes(first, until)))
+        indices = lane.take(count, partial(self._goes_by, lane) if self._split else None)
+        if not indices:
+            return None
+        if until < last and not (lane.waiting and lane.waiting[0][1] == first):
+            # A group of so few blocks is not worth a request.
+            size_bytes = chunk_bytes // len(indices)
+            while until < last and job.size_bytes(first, job.group_end(until)) <= size_bytes:
+                until = min(last, job.group_end(until))
+        if until < last:
+            lane.add(indices, until, last)
+            lane.barren.clear()
+        return self._shipment(lane, indices, first, until)
 
-    def _shipment(self, lane: Lane, indices: Sequence[int]) -> Shipment:
+    def _goes_by(self, lane: Lane, part: Part) -> bool:
+        """Whether what waits in a lane is to be sent there. If not, it is where it belongs now:
+        other layers of its block have failed, or were taken over."""
+        index = part[0]
+        if index in self._lost or self._job.outcomes[index] != PENDING:
+            return False
+        way = self._way[index]
+        if way == lane.key:
+            return True
+        self._put_back(part, way)
+        self._strayed = True  # that lane may have been looked at already
+        return False
+
+    def _shipment(self, lane: Lane, indices: Sequence[int], first: int, last: int) -> Shipment:
         def on_failed(index: int, outcome: FetchOutcome) -> None:
-            self._failed(lane, index, outcome)
+            rest = self._rest(shipment, index)
+            self._landed(shipment, index)
+            self._failed(lane, rest, outcome)
 
         def on_bytes(size_bytes: int) -> None:
             lane.meter.arrived(self._loop.time(), size_bytes)
 
-        return Shipment(self._loop, lane.path, lane.link, self._job, indices, on_failed, on_bytes)
+        shipment = Shipment(
+            self._loop,
+            lane.path,
+            lane.link,
+            self._job,
+            indices,
+            range(first, last),
+            on_failed,
+            on_bytes,
+        )
+        if self._split:
+            for index in indices:
+                self._bringing[index].add(shipment)
+        return shipment
 
-    async def _ship(self, lane: Lane, indices: Sequence[int]) -> None:
-        shipment = self._shipment(lane, indices)
+    def _rest(self, shipment: Shipment, index: int) -> Part:
+        """What a shipment has not brought of a block."""
+        layers = shipment.layers
+        return index, self._job.first_missing(index, layers.start), layers.stop
+
+    def _all_landed(self, shipment: Shipment) -> None:
+        if self._split:
+            for index in shipment.indices:
+                self._landed(shipment, index)
+
+    def _landed(self, shipment: Shipment, index: int) -> None:
+        """A shipment brings no more of a block, and nobody writes there on its behalf."""
+        if not self._split:
+            return
+        bringing = self._bringing[index]
+        bringing.discard(shipment)
+        if not bringing and index in self._lost:
+            self._lost.discard(index)
+            self._job.block_failed(index, self._worst[index])
+
+    async def _ship(self, lane: Lane, shipment: Shipment) -> None:
         shipment.on_known = partial(self._expect_end, lane, shipment, STALLED_S)
         self._charge(lane, shipment)
         try:
@@ -343,14 +392,19 @@ class Spread:
                 else:
                     job.add_error(refusal or link.unavailable())
                     for index in shipment.indices:
-                        self._failed(lane, index, FetchOutcome.UNAVAILABLE)
+                        rest = self._rest(shipment, index)
+                        self._landed(shipment, index)
+                        self._failed(lane, rest, FetchOutcome.UNAVAILABLE)
             # Without the slot: a peer that hangs must not keep all of them.
             await shipment.freed()
+            self._all_landed(shipment)
         except Exception as error:
             # Nobody awaits this task, and the blocks must not be lost with it.
             logger.exception("internal error in a shipment of %s", link.peer)
             job.add_error(error)
-            shipment.take_back(lambda index: self._failed(lane, index, FetchOutcome.UNAVAILABLE))
+            self._take_back(lane, shipment, self._unavailable)
+            await shipment.freed()
+            self._all_landed(shipment)
         finally:
             self._uncharge(lane, shipment)
             lane.under_way.pop(shipment, None)
@@ -358,23 +412,30 @@ class Spread:
 
     # --- failing ---------------------------------------------------------------------------
 
-    def _failed(self, lane: Lane | None, index: int, outcome: FetchOutcome) -> None:
+    def _unavailable(self, lane: Lane, part: Part) -> None:
+        self._failed(lane, part, FetchOutcome.UNAVAILABLE)
+
+    def _failed(self, lane: Lane | None, part: Part, outcome: FetchOutcome) -> None:
         """A block did not come by a lane: another way, the next owner, or its end."""
-        job = self._job
+        job, index = self._job, part[0]
         known = self._worst.get(index)
         if lane is None or not lane.relay:
             # What storage itself says, not what a relay does.
             self._worst[index] = outcome if known is None else worse(known, outcome)
         if job.ended:
             return
+        if lane is not None and self._way[index] != lane.key:
+            # Other layers of it have failed there before, or were taken over: the same way.
+            self._put_back(part, self._way[index])
+            return
         if lane is not None and lane.relay:
-            self._put_back(index, self._owners[index][self._ranks[index]])
+            self._put_back(part, self._owners[index][self._ranks[index]])
             return
         if outcome in (FetchOutcome.UNAVAILABLE, FetchOutcome.TIMEOUT):
             relay = "" if self._relayed[index] else self._ways.spare_relay(job)
             if relay:
                 self._relayed[index] = 1
-                self._put_back(index, relay)
+                self._put_back(part, relay)
                 # If it fails there too, it is the next owner's turn; but not where the first is
                 # only busy and alone has the block: that would make a miss of a late hit.
                 if outcome is FetchOutcome.UNAVAILABLE or self._ways.copied:
@@ -382,14 +443,19 @@ class Spread:
                 return
         if self._ranks[index] + 1 < len(self._owners[index]):
             self._ranks[index] += 1
-            self._put_back(index, self._owners[index][self._ranks[index]])
+            self._put_back(part, self._owners[index][self._ranks[index]])
+        elif self._bringing.get(index):
+            self._lost.add(index)  # the memory of a block that has failed is not written any more
         else:
             job.block_failed(index, self._worst[index])
 
-    def _put_back(self, index: int, key: int | str) -> None:
-        lane = self._lane(key)
-        lane.waiting.append(index)
-        lane.barren.clear()
+    def _put_back(self, part: Part, key: int | str) -> None:
+        """Let layers of a block, and what is not sent of its others, go by a lane."""
+        index = part[0]
+        if index in self._lost or self._job.outcomes[index] != PENDING:
+            return  # nobody waits for it any more
+        self._way[index] = key
+        self._lane(key).put(part)
 
     # --- moving ----------------------------------------------------------------------------
 
@@ -412,7 +478,7 @@ class Spread:
     def _left_s(self, lane: Lane) -> float:
         """How long until a lane has brought all that it has."""
         rate_Bps = self._rate_Bps(lane)
-        left_bytes = lane.sent_bytes + len(lane.waiting) * self._job.span_bytes
+        left_bytes = lane.sent_bytes + lane.waiting_bytes
         if not left_bytes:
             return 0.0
         return left_bytes / rate_Bps if rate_Bps else math.inf
@@ -443,31 +509,16 @@ class Spread:
             # Both end together when what is moved takes as long here as it would have there.
             size_bytes = saved_s / (1 / thief_Bps + 1 / victim_Bps)
         else:
-            size_bytes = len(victim.waiting) * self._job.span_bytes / 2
-        waiting = victim.waiting
-        count = min(int(size_bytes // self._job.span_bytes), len(waiting))
-        # Behind those of which it is known: while a block waits nothing changes for it.
-        barren = min(victim.barren.get(thief.key, 0), len(waiting))
-        waiting.rotate(barren)
-        kept: list[int] = []
-        moved = 0
-        for _ in range(min(LOOKS_MAX, len(waiting) - barren)):
-            if moved == count:
-                break
-            index = waiting.pop()
-            if self._may_go(thief, index):
-                thief.waiting.appendleft(index)
-                self._relayed[index] |= thief.relay
-                moved += 1
-            else:
-                kept.append(index)
-        waiting.extend(reversed(kept))
-        waiting.rotate(-barren)
-        if moved:
-            # Their counts include what has gone, or what is here no more.
-            victim.barren.clear()
-            thief.barren.clear()
-        victim.barren[thief.key] = barren + len(kept)
+            size_bytes = victim.waiting_bytes / 2
+
+        def may(index: int) -> bool:
+            if not self._may_go(thief, index):
+                return False
+            self._relayed[index] |= thief.relay
+            self._way[index] = thief.key
+            return True
+
+        victim.give(thief, size_bytes, LOOKS_MAX, may)
 
     def _may_go(self, lane: Lane, index: int) -> bool:
         if lane.relay:
@@ -483,19 +534,25 @@ class Spread:
                     continue  # its memory is not free yet
                 if self._silent(lane, shipment, now):
                     self._blame(lane, shipment)
-                    self._take_back(shipment, partial(self._try_other, lane))
+                    self._job.moved_count += self._take_back(lane, shipment, self._try_other)
                 elif self._late(lane, shipment, now):
-                    self._take_back(shipment, partial(self._move, lane))
+                    self._job.moved_count += self._take_back(lane, shipment, self._move)
 
-    def _try_other(self, lane: Lane, index: int) -> None:
-        if self._other_way(lane, index):
-            self._failed(lane, index, FetchOutcome.TIMEOUT)
+    def _try_other(self, lane: Lane, part: Part) -> None:
+        if self._other_way(lane, part[0]):
+            self._failed(lane, part, FetchOutcome.TIMEOUT)
         else:
-            self._put_back(index, lane.key)
+            self._put_back(part, lane.key)
 
-    def _take_back(self, shipment: Shipment, then: Callable[[int], None]) -> None:
-        """Have its blocks come again, the layers that are not here."""
-        self._job.moved_count += shipment.take_back(then)
+    def _take_back(self, lane: Lane, shipment: Shipment, then: Callable[[Lane, Part], None]) -> int:
+        """Have its blocks come again, the layers that are not here; how many blocks."""
+
+        def free(index: int) -> None:
+            rest = self._rest(shipment, index)
+            self._landed(shipment, index)
+            then(lane, rest)
+
+        return shipment.take_back(free)
 
     def _blame(self, lane: Lane, shipment: Shipment) -> None:
         """A shipment was silent: what that says of the peer."""
@@ -532,22 +589,25 @@ class Spread:
                 break
         else:
             return False
-        ways = self._ways
-        _, link, meter = ways.relay_way(key) if isinstance(key, str) else ways.daemon_way(key)
+        known = self._lanes.get(key)
+        link, meter = (known.link, known.meter) if known is not None else self._way_by(key)[1:]
         here_Bps = shipment.arrived_bytes / age_s
         return link.usable and (not meter.seen_Bps or meter.seen_Bps > here_Bps)
 
     def _other(self, lane: Lane, index: int) -> int | str | None:
         """The lane to which a block goes when it is taken from a lane; None if there is none."""
+        if self._way[index] != lane.key:
+            return self._way[index]  # its other layers have gone there
         if lane.relay:
             return self._owners[index][self._ranks[index]]
         return None if self._relayed[index] else self._ways.spare_relay(self._job) or None
 
-    def _move(self, lane: Lane, index: int) -> None:
+    def _move(self, lane: Lane, part: Part) -> None:
+        index = part[0]
         key = self._other(lane, index)
         if isinstance(key, str):
             self._relayed[index] = 1
-        self._put_back(index, lane.key if key is None else key)
+        self._put_back(part, lane.key if key is None else key)
 
     # --- waiting ---------------------------------------------------------------------------
 

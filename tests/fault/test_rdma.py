@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.messages import FetchOutcome, PutOutcome
 from kvstore.transport.verbs import Verbs
-from kvstore_client import link as link_module
+from kvstore_client import link as link_module, spread
 from tests.rdma.fault_suite import ClientFaultTests, idle
 from tests.support.bothways import relay_next
 from tests.support.cluster import chain, contents, until
@@ -150,6 +150,45 @@ async def test_relay_that_is_killed_in_mid_transfer_costs_no_answer(system: Fake
         assert result.ok, (result.outcomes, result.errors)
         assert ("direct", "rdma") in ways(result)
         assert region.view == b"".join(contents(KEYS, BLOCK))
+
+
+@pytest.mark.asyncio
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [0, 1, 2, 9])
+async def test_relay_that_is_killed_between_layers_costs_no_answer(
+    system: FakeVerbs, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    # Two blocks of a layer in a request, two requests under way.
+    for name in ("CHUNK_BYTES_FIRST", "CHUNK_BYTES_MIN", "CHUNK_BYTES_MAX"):
+        monkeypatch.setattr(spread, name, 2 * BLOCK)
+    monkeypatch.setattr(spread, "WINDOW_S", 0.0)
+    layers = (BLOCK,) * 3
+    async with relayed(*layers) as (_, agent, client, namespace):
+        await put_blocks(client, namespace, KEYS)
+        region = await client.allocate(len(layers) * SIZE)
+        await relay_next(client)
+        whole = await fetch_into(client, namespace, KEYS, region, order="layer", group_layers=1)
+        assert ways(whole) == {("relay", "rdma")}
+        assert len(whole.runs) == len(layers) * COUNT // 2
+        await relay_next(client)
+        stain(region)
+        system.hold()
+        handle = client.fetch(
+            namespace, KEYS, region.view, order="layer", group_layers=1, deadline_s=600
+        )
+        for _ in range(steps):
+            await until(lambda: system.waiting() > 0, "it is under way")
+            system.step(min(7, system.waiting()))
+        await until(lambda: system.waiting() > 0, "it is under way")
+        await agent.kill()
+        system.release()
+        result = await handle
+        await handle.quiesced()
+        assert result.ok, (result.outcomes, result.errors)
+        assert handle.layers_ready == len(layers)
+        assert ("direct", "rdma") in ways(result)
+        assert region.view == b"".join(contents(KEYS, len(layers) * BLOCK))
+        assert region.users == 0
 
 
 @pytest.mark.asyncio

@@ -51,7 +51,7 @@ class StorageJob:
         self.stopped = False
         self.failed: dict[int, int] = {}
         indices = range(len(job.keys))
-        self._transfer = job.transfer(indices, self._on_failed)
+        self._transfer = job.transfer(indices, job.layers, self._on_failed)
         job.borrow(self, self._stop)
 
     @property

@@ -60,7 +60,9 @@ class Bed:
 
     def begin(self, *indices: int) -> FetchTransfer:
         """Ask for the rest of some blocks."""
-        return self.job.transfer(indices, self.job.block_failed)
+        first = self.job.first_missing(indices[0], 0)
+        layers = range(first, len(SIZES))
+        return self.job.transfer(indices, layers, self.job.block_failed)
 
     def bring(self, transfer: FetchTransfer, index: int, until: int, version: int = 0) -> None:
         """Layers of a block of a transfer up to a layer, of which all in front were brought."""
@@ -101,7 +103,7 @@ def test_the_rest_of_a_block_begins_with_the_layer_that_nobody_was_told_of() -> 
     one = bed.begin(0, 1)
     bed.bring(one, 0, 4)
     one.abandon()
-    assert [bed.job.first_missing(index) for index in range(2)] == [4, 0]
+    assert [bed.job.first_missing(index, 0) for index in range(2)] == [4, 0]
     first, second = bed.begin(0), bed.begin(1)
     assert (first.pieces.layer_first, second.pieces.layer_first) == (4, 0)
     bed.bring(first, 0, len(SIZES))
@@ -110,6 +112,26 @@ def test_the_rest_of_a_block_begins_with_the_layer_that_nobody_was_told_of() -> 
     bed.check_complete()
     for name, memory in zip(bed.keys, bed.memory, strict=True):
         assert memory == content(name, len(memory))
+
+
+def test_groups_of_a_block_by_several_requests_in_any_order() -> None:
+    bed = Bed(1, 4)  # groups end at layers 4, 8 and 10
+    first, second, third = (
+        bed.job.transfer([0], layers, bed.job.block_failed)
+        for layers in (range(4), range(4, 8), range(8, 10))
+    )
+    bed.bring(third, 0, 10)
+    bed.bring(second, 0, 5)
+    second.abandon()
+    bed.bring(second, 0, 8)  # what is still on its way
+    assert [bed.job.first_missing(0, since) for since in (0, 4, 8)] == [0, 5, 10]
+    assert bed.job.handle.layers_ready == 0
+    bed.bring(bed.job.transfer([0], range(5, 8), bed.job.block_failed), 0, 8)
+    assert list(bed.job.outcomes) == [PENDING]
+    assert bed.job.handle.layers_ready == 0
+    bed.bring(first, 0, 4)
+    bed.check_complete()
+    assert bed.memory[0] == content(bed.keys[0], len(bed.memory[0]))
 
 
 def test_what_was_passed_on_is_never_written_again() -> None:
@@ -139,7 +161,7 @@ def test_groups_are_here_with_their_last_layer_whatever_requests_brought_them() 
     bed.bring(two, 0, 8)
     two.abandon()
     # Both begin with the same layer, and of one it is not known yet that a group is here.
-    assert [bed.job.first_missing(index) for index in range(2)] == [8, 8]
+    assert [bed.job.first_missing(index, 0) for index in range(2)] == [8, 8]
     three = bed.begin(0, 1)
     bed.bring(three, 0, len(SIZES))
     assert list(bed.job.outcomes) == [HIT, PENDING]

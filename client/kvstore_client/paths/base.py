@@ -35,11 +35,12 @@ class FetchPath(abc.ABC):
 
 
 class Shipment:
-    """Some blocks of a job, on their way from one peer by one path: one request.
+    """Layers of some blocks of a job, on their way from one peer by one path: one request.
 
     Args:
-        indices: Which blocks; not more than the peer takes in one request, and the same layers
-            of each are here already.
+        indices: Which blocks; not more than the peer takes in one request.
+        layers: Which layers of each of them, see `FetchJob.transfer`. What is said of a block
+            is meant of these.
         on_failed: Called with the outcome of every block that is no hit, once, as soon as it is
             known. Whether it is final is the caller's decision.
         on_bytes: Called with the bytes that have arrived, a frame at a time.
@@ -61,10 +62,12 @@ class Shipment:
         link: PeerLink,
         job: FetchJob,
         indices: Sequence[int],
+        layers: range,
         on_failed: Callable[[int, FetchOutcome], None],
         on_bytes: Callable[[int], None],
     ) -> None:
         self.indices = indices
+        self.layers = layers
         self.on_known: Callable[[], None] | None = None
         self.arrived_bytes = 0
         self.expected_s = 0.0
@@ -78,7 +81,7 @@ class Shipment:
         self._exchange: Exchange | None = None  # while it is not sent
         self._on_failed = on_failed
         self._given_up = False
-        self._transfer = job.transfer(indices, self._failed)
+        self._transfer = job.transfer(indices, layers, self._failed)
         self._transfer.on_bytes = self._arrived
         self.size_bytes = len(indices) * self._transfer.pieces.span_bytes
         self._request_id = 0
@@ -218,8 +221,12 @@ class Shipment:
                 job.tiers[index] = tier
         self._attribute(reply)
         if transfer.corrupt:
-            keys = [transfer.keys[index] for index in transfer.corrupt]
-            self._link.report_corrupt(job.namespace, keys)
+            # Other layers of a block may have come damaged by another request before.
+            bad = {self.indices[position] for position in transfer.corrupt}
+            bad -= job.corrupt[self._link.peer]
+            job.corrupt[self._link.peer] |= bad
+            if bad:
+                self._link.report_corrupt(job.namespace, [job.keys[index] for index in sorted(bad)])
         # A daemon may have a few bad blocks; a relay that passes on bad ones is sick.
         sound = not (transfer.corrupt and self._path.way is ServedBy.RELAY)
         exchange.end(reply, transfer.received_bytes, sound)
