@@ -31,6 +31,7 @@ class Lane:
         key: Index of the daemon, or node id of the relay.
         waiting: What is yet to be sent.
         waiting_bytes: Of that.
+        mixed: Whether earlier layers wait behind later ones.
         under_way: Shipments.
         barren: For another lane, how many at the end of `waiting` it may not take over.
     """
@@ -41,6 +42,7 @@ class Lane:
         "key",
         "link",
         "meter",
+        "mixed",
         "path",
         "under_way",
         "waiting",
@@ -61,6 +63,7 @@ class Lane:
         self.meter = meter
         self.waiting: deque[Part] = deque()
         self.waiting_bytes = 0
+        self.mixed = False
         self.under_way: dict[Shipment, asyncio.Task[None]] = {}
         self.barren: dict[int | str, int] = {}
         self._offsets = offsets
@@ -88,18 +91,28 @@ class Lane:
     def add(self, indices: Iterable[int], first: int, last: int) -> None:
         """The same layers of some blocks are to go this way, after all others."""
         before = len(self.waiting)
+        if before and first < self.waiting[-1][1]:
+            self.mixed = True
         self.waiting.extend(zip(indices, repeat(first), repeat(last)))
         count = len(self.waiting) - before
         self.waiting_bytes += count * (self._offsets[last] - self._offsets[first])
 
     def put(self, part: Part) -> None:
         """A part comes back, or from another lane: before all that begin with later layers."""
-        if self.waiting and part[1] < self.waiting[0][1]:
-            self.waiting.appendleft(part)
-        else:
-            self.waiting.append(part)
+        if self.waiting and part[1] < self.waiting[-1][1]:
+            self.mixed = True
+        self.waiting.append(part)
         self.waiting_bytes += self.part_bytes(part)
         self.barren.clear()
+
+    def sort(self) -> None:
+        """Put earlier layers before later ones again, if something has come in between."""
+        if self.mixed:
+            self.mixed = False
+            parts = sorted(self.waiting, key=lambda part: part[1:])
+            self.waiting.clear()
+            self.waiting.extend(parts)
+            self.barren.clear()
 
     def take(self, count: int, fits: Callable[[Part], bool] | None = None) -> list[int]:
         """The next blocks of which the same layers are to be sent; at most `count`.

@@ -265,6 +265,7 @@ class Spread:
         """The next request of a lane; None if what was its next goes by others meanwhile."""
         job = self._job
         count = self._keys_max(lane)
+        lane.sort()
         _, first, last = lane.waiting[0]
         if not self._chunked:
             return self._shipment(lane, lane.take(count), first, last)
@@ -568,8 +569,9 @@ class Spread:
         moved_at = max(shipment.moved_at, lane.link.fetched_at)
         if now - moved_at < min(limit_s, STALLED_SHARE * self._job.deadline_s):
             return False
-        pending = shipment.pending()
-        # With all blocks here only the last word is missing, and nobody needs to wait for it.
+        pending = [index for index in shipment.pending() if index not in self._lost]
+        # With all blocks here, or known to be nowhere, only the last word is missing, and nobody
+        # needs to wait for it.
         return not pending or any(self._other_way(lane, index) for index in pending)
 
     def _late(self, lane: Lane, shipment: Shipment, now: float) -> bool:

@@ -75,10 +75,12 @@ def test_one_request_is_about_the_same_layers() -> None:
 def test_what_comes_back_goes_before_later_layers() -> None:
     one = lane()
     one.add(range(2), 2, 8)
-    one.put((7, 0, 2))
+    for index in (7, 9):
+        one.put((index, 0, 2))
     one.put((8, 4, 8))
-    assert [part[0] for part in one.waiting] == [7, 0, 1, 8]
-    assert one.waiting_bytes == 2 * 330 + 30 + 260
+    one.sort()
+    assert [part[0] for part in one.waiting] == [7, 9, 0, 1, 8]
+    assert one.waiting_bytes == 2 * 330 + 2 * 30 + 260
 
 
 def test_what_does_not_go_there_any_more_is_gone() -> None:
@@ -440,3 +442,51 @@ async def test_whatever_happens_each_block_ends_once(
         assert bed.job.handle.layers_ready == len(SIZES)
         outcomes.update(bed.job.outcomes)
     assert 0 < outcomes[HIT] < outcomes.total()
+
+
+@pytest.mark.asyncio
+async def test_misses_of_two_requests_in_turn_cost_few_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = 100
+    bed = Bed(count, 110 * count, monkeypatch, owners=(0, 1))
+    bed.ways.relay = ""
+    bed.spread.send(range(count))
+    both = bed.next(), bed.next()
+    for index in range(count):
+        for one in both:
+            if index in one.indices:
+                one._on_failed(index, MISS)
+    bed.all(0)
+    assert 0 < len(bed.all(1)) < 20
+
+
+@pytest.mark.asyncio
+async def test_what_a_relay_gives_back_keeps_the_order_of_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bed = Bed(12, 110 * 12, monkeypatch)
+    bed.spread.send(range(6))
+    bed.spread.send(range(6, 12), "relay")
+    bed.next(0)
+    bed.fail(bed.next("relay"), UNAVAILABLE)
+    starts = [layers.start for _, layers in bed.all(0)]
+    assert len(starts) > 1
+    assert starts == sorted(starts)
+
+
+@pytest.mark.asyncio
+async def test_block_that_is_nowhere_does_not_wait_for_a_silent_peer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bed = Bed(1, 30, monkeypatch)
+    bed.ways.relay = ""
+    bed.spread.send(range(1))
+    first, second = bed.next(), bed.next()
+    lane0 = bed.spread._lane(0)
+    monkeypatch.setattr(lane0.link, "silent_s", lambda now: 99.0, raising=False)
+    monkeypatch.setattr(lane0.link, "fetched_at", 0.0, raising=False)
+    bed.fail(first, MISS)
+    bed.end(first)
+    assert 0 in bed.spread._lost
+    assert bed.spread._silent(lane0, second, second.moved_at + 50.0)
