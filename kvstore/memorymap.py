@@ -29,7 +29,7 @@ PLACE_BYTES = 12
 assert _PLACE.size == _PLACES.itemsize == PLACE_BYTES
 
 # Up to here Python is faster than the calls of numpy, which take 8 us together, and where copying
-# has emptied the caches of the processor ten times that.
+# has emptied the caches of the processor many times that.
 FEW_PLACES_BYTES = 128 * PLACE_BYTES
 
 #: A number of a region and an offset in it.

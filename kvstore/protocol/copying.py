@@ -31,8 +31,7 @@ from kvstore.wire import FrameType, Header
 
 # What a worker does in one go: 0.15 ms.
 CHUNK_BYTES = 2 * 1024 * 1024
-# Copied, and then hashed while the second cache of a core, of 1 MiB, has source and target. Copy
-# and hash of 256 KiB in turn reach 16 to 19 GB/s, of 1 MiB 14 to 16 (`kvstore_bench.memory_cost`).
+# Copied, and then hashed while the second cache of a core, of 1 MiB here, has source and target.
 SLICE_BYTES = 256 * 1024
 # So little is copied at once: 10 us, while handing it over takes 20 to 50.
 HERE_BYTES_MAX = 128 * 1024
@@ -119,7 +118,8 @@ class CopySink(FetchSink):
         chunk.release()
         if isinstance(corrupt, Exception):
             self.failure = self.failure or corrupt  # `Dropped` only when nobody asks any more
-            self.on_ready()
+        if self.failure is not None or isinstance(corrupt, Exception):
+            self.on_ready()  # nothing more is told: there would be a gap
             return
         begin = (chunk.piece, chunk.piece_offset)
         if chunk.length and begin != self._next:

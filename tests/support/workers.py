@@ -12,6 +12,9 @@ class AtOnce:
     def submit(self, job: Callable[[], None]) -> None:
         job()
 
+    def again(self, job: Callable[[], None]) -> None:
+        job()
+
     def post(self, call: Callable[[], None], wake: bool = True) -> None:
         call()
 
@@ -29,6 +32,9 @@ class ByHand:
         self.calls: deque[Callable[[], None]] = deque()
 
     def submit(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+
+    def again(self, job: Callable[[], None]) -> None:
         self.jobs.append(job)
 
     def post(self, call: Callable[[], None], wake: bool = True) -> None:

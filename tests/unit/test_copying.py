@@ -413,6 +413,19 @@ def test_closed_sink_gives_back_what_nobody_has_begun(call: Fetching) -> None:
     assert call.block(1) == bytes(BLOCK)
 
 
+def test_sink_that_has_failed_tells_nothing_more(call: Fetching) -> None:
+    worker = call.worker
+    assert isinstance(worker, ByHand)
+    memory = call.sink._transfer.memory
+    call.sink._transfer.memory = [memory[0], memoryview(bytes(BLOCK)), *memory[2:]]
+    give(call, 3)
+    call.sink.flush()
+    worker.finish()
+    assert call.sink.failure is not None
+    assert sum(news.length for news in call.news) <= BLOCK
+    assert (call.store.lent, call.sink.idle) == (0, True)
+
+
 def test_sink_whose_memory_cannot_be_written_fails(call: Fetching) -> None:
     worker = call.worker
     assert isinstance(worker, ByHand)
